@@ -1,0 +1,2 @@
+// Package discovery follows services in Consul and publishes what it finds.
+package discovery

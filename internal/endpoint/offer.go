@@ -1,0 +1,143 @@
+package endpoint
+
+import (
+	"net/http"
+	"slices"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// offersVar is the request variable that holds the request's first Offer; the
+// others, of further sources, hang on it.
+const offersVar = "consul_upstreams.offers"
+
+// maxTried bounds what a request that is retried for long remembers.
+const maxTried = 64
+
+// Offer is what a source offered to one request in its latest attempt. It
+// belongs to that request's goroutine.
+//
+// Caddy stores into each upstream when it provisions it, so their memory is the
+// request's own; afterwards an upstream is only read. It is allocated apart
+// from the Offer, since who keeps it must not keep the Set alive.
+type Offer struct {
+	source any
+	set    *Set
+	pool   []*reverseproxy.Upstream
+	index  []int32 // pool[i] stands for set.At(index[i])
+	tried  []string
+	next   *Offer
+
+	// the memory of a pool of one, which is what most requests get
+	onePool  [1]*reverseproxy.Upstream
+	oneIndex [1]int32
+}
+
+// OfferOf returns what the source has offered to this request so far, or nil.
+// The source is compared by identity.
+func OfferOf(r *http.Request, source any) *Offer {
+	for o := firstOffer(r); o != nil; o = o.next {
+		if o.source == source {
+			return o
+		}
+	}
+	return nil
+}
+
+// NewOffer starts the offers of a source to this request. Where the request
+// has no variables, as in bare unit tests, the offer is forgotten.
+func NewOffer(r *http.Request, source any) *Offer {
+	o := &Offer{source: source}
+	first := firstOffer(r)
+	if first == nil {
+		caddyhttp.SetVar(r.Context(), offersVar, o)
+		return o
+	}
+	for first.next != nil {
+		first = first.next
+	}
+	first.next = o
+	return o
+}
+
+func firstOffer(r *http.Request) *Offer {
+	first, _ := caddyhttp.GetVar(r.Context(), offersVar).(*Offer)
+	return first
+}
+
+// One makes endpoint i of set the whole offer.
+func (o *Offer) One(set *Set, i int) []*reverseproxy.Upstream {
+	o.onePool[0] = &reverseproxy.Upstream{Dial: set.At(i).Dial}
+	o.oneIndex[0] = int32(i)
+	o.set, o.pool, o.index = set, o.onePool[:], o.oneIndex[:]
+	return o.pool
+}
+
+// Some makes the endpoints of set at index the offer, which takes index over.
+func (o *Offer) Some(set *Set, index []int32) []*reverseproxy.Upstream {
+	block := make([]reverseproxy.Upstream, len(index))
+	o.set, o.index = set, index
+	o.pool = make([]*reverseproxy.Upstream, len(index))
+	for i, at := range index {
+		block[i].Dial = set.At(int(at)).Dial
+		o.pool[i] = &block[i]
+	}
+	return o.pool
+}
+
+// Pool returns what was offered last.
+func (o *Offer) Pool() []*reverseproxy.Upstream { return o.pool }
+
+// RememberAttempt takes note of the upstream that the last attempt went to.
+// Caddy names it in a placeholder, whichever policy chose it.
+func (o *Offer) RememberAttempt(r *http.Request) {
+	if e := o.Chosen(r); e != nil && !slices.Contains(o.tried, e.Dial) && len(o.tried) < maxTried {
+		o.tried = append(o.tried, e.Dial)
+	}
+}
+
+// HasTried reports whether an earlier attempt of this request went to e.
+func (o *Offer) HasTried(e *Endpoint) bool {
+	return len(o.tried) > 0 && slices.Contains(o.tried, e.Dial)
+}
+
+// Chosen returns the endpoint of the last offer that Caddy went for, or nil.
+func (o *Offer) Chosen(r *http.Request) *Endpoint {
+	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return nil
+	}
+	value, _ := repl.Get("http.reverse_proxy.upstream.hostport")
+	hostport, _ := value.(string)
+	if hostport == "" {
+		return nil
+	}
+	for _, at := range o.index {
+		if e := o.set.At(int(at)); e.IsDialledAs(hostport) {
+			return e
+		}
+	}
+	return nil
+}
+
+// Weights appends to dst the weight of each upstream in pool: that of its
+// endpoint if a source has just offered it to this request, else 1. Sources
+// are recognised by the identity of their upstreams, in the order in which
+// they made their offers, so the cost is that of one walk over the pool.
+func Weights(dst []int, r *http.Request, pool reverseproxy.UpstreamPool) []int {
+	offer, at := firstOffer(r), 0
+	for _, u := range pool {
+		weight := 1
+		for o, i := offer, at; o != nil; o, i = o.next, 0 {
+			if i < len(o.pool) && o.pool[i] == u {
+				weight = o.set.At(int(o.index[i])).Weight
+				offer, at = o, i+1
+				break
+			}
+		}
+		dst = append(dst, weight)
+	}
+	return dst
+}

@@ -1,0 +1,2 @@
+// Package selection is the selection policies http.reverse_proxy.selection_policies.consul_*.
+package selection
