@@ -10,4 +10,9 @@ type Nominator interface {
 	// Every call is a new draw: the source draws again when it can't use the
 	// nominee, so that the shares of the rest stay in proportion.
 	Nominate(set *Set, r *http.Request) int
+
+	// Share is the share of traffic that the policy means e to have, relative
+	// to the other endpoints. The source draws by it when too few endpoints are
+	// usable for Nominate to hit one.
+	Share(e *Endpoint) int
 }

@@ -87,8 +87,22 @@ func (o *Offer) Some(set *Set, index []int32) []*reverseproxy.Upstream {
 	return o.pool
 }
 
-// Pool returns what was offered last.
-func (o *Offer) Pool() []*reverseproxy.Upstream { return o.pool }
+// Set returns the Set that the last offer was made from.
+func (o *Offer) Set() *Set { return o.set }
+
+// Is reports whether pool is what was offered last.
+func (o *Offer) Is(pool []*reverseproxy.Upstream) bool {
+	return len(pool) > 0 && len(pool) == len(o.pool) && pool[0] == o.pool[0]
+}
+
+// All calls yield with each upstream offered last and its endpoint.
+func (o *Offer) All(yield func(*reverseproxy.Upstream, *Endpoint) bool) {
+	for i, u := range o.pool {
+		if !yield(u, o.set.At(int(o.index[i]))) {
+			return
+		}
+	}
+}
 
 // RememberAttempt takes note of the upstream that the last attempt went to.
 // Caddy names it in a placeholder, whichever policy chose it.

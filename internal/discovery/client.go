@@ -1,0 +1,271 @@
+package discovery
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+)
+
+// answerLimit bounds the size of an answer. 5,000 instances with a check each
+// are 13.5 MB.
+const answerLimit = 256 << 20
+
+// errOutdated ends the queries of a client whose credentials were replaced.
+var errOutdated = errors.New("the credentials of the query were replaced")
+
+// client asks a Consul agent with one set of credentials.
+//
+// Configuration, environment and TLS are the official client's. The request is
+// our own: the official one ignores an index that it can't parse, puts no bound
+// on an answer, follows redirects with the token in hand, and decodes all of an
+// answer of which we use a fifth.
+type client struct {
+	http  *http.Client
+	base  string // scheme, host and path prefix
+	token string
+	auth  *api.HttpBasicAuth
+
+	life context.Context // ends, with the reason, when the client is closed
+	end  context.CancelCauseFunc
+}
+
+// newClient reads the credentials of config.
+func newClient(config *api.Config) (*client, error) {
+	base, socket, err := baseURL(config)
+	if err != nil {
+		return nil, err
+	}
+	tlsConfig, err := api.SetupTLSConfig(&config.TLSConfig)
+	if err != nil {
+		return nil, fmt.Errorf("loading the TLS files for Consul at %s: %w", base, err)
+	}
+	token := config.Token
+	if config.TokenFile != "" {
+		content, err := os.ReadFile(config.TokenFile)
+		if err != nil {
+			return nil, fmt.Errorf("reading the token for Consul at %s: %w", base, err)
+		}
+		token = strings.TrimSpace(string(content))
+	}
+	dialer := &net.Dialer{
+		Timeout: 5 * time.Second,
+		KeepAliveConfig: net.KeepAliveConfig{ // notice within half a minute that the agent's machine has gone
+			Enable: true, Idle: 10 * time.Second, Interval: 5 * time.Second, Count: 4,
+		},
+	}
+	transport := &http.Transport{
+		Proxy:               http.ProxyFromEnvironment,
+		DialContext:         dialer.DialContext,
+		TLSClientConfig:     tlsConfig,
+		TLSHandshakeTimeout: 10 * time.Second,
+		ForceAttemptHTTP2:   true, // over TLS all watchers share one connection
+		MaxIdleConnsPerHost: 64,
+		IdleConnTimeout:     90 * time.Second,
+		DisableCompression:  true, // the agent is near; compressing costs it more than sending
+	}
+	if socket != "" {
+		transport.Proxy = nil
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", socket)
+		}
+	}
+	c := &client{
+		http: &http.Client{
+			Transport: transport,
+			// a redirect could carry the token elsewhere
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		base:  base,
+		token: token,
+		auth:  config.HttpAuth,
+	}
+	c.life, c.end = context.WithCancelCause(context.Background())
+	return c, nil
+}
+
+// close ends the queries under way, for the given reason.
+func (c *client) close(reason error) {
+	c.end(reason)
+	c.http.CloseIdleConnections()
+}
+
+// baseURL splits the address of config into what requests are sent to and, if
+// the agent listens on one, the path of the unix socket.
+func baseURL(config *api.Config) (base, socket string, err error) {
+	scheme, address, hasScheme := strings.Cut(config.Address, "://")
+	if !hasScheme {
+		scheme, address = cmp.Or(config.Scheme, "http"), config.Address
+	}
+	switch scheme {
+	case "unix":
+		if !strings.HasPrefix(address, "/") {
+			return "", "", fmt.Errorf("address %q of Consul: want unix:// and an absolute path", config.Address)
+		}
+		return "http://localhost", address, nil
+	case "http":
+		if config.Scheme == "https" { // asked for by tls or CONSUL_HTTP_SSL
+			scheme = "https"
+		}
+	case "https":
+	default:
+		return "", "", fmt.Errorf("address %q of Consul: scheme %q is not known: want http, https or unix", config.Address, scheme)
+	}
+	u, err := url.Parse(scheme + "://" + address)
+	if err != nil || u.Hostname() == "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil || strings.ContainsAny(address, "{} ") {
+		return "", "", fmt.Errorf("address %q of Consul: want host:port, http://host:port, https://host:port or unix:///path", config.Address)
+	}
+	if u.Port() == "" && !hasScheme {
+		u.Host = net.JoinHostPort(u.Hostname(), "8500")
+	}
+	return strings.TrimSuffix(u.String()+config.PathPrefix, "/"), "", nil
+}
+
+// answer is what Consul said about a service.
+type answer struct {
+	instances []instance
+	index     uint64
+	filtered  bool          // Consul left out what the token may not see
+	cost      time.Duration // of decoding it
+}
+
+// get sends a query and reads the answer to it. An error names what was asked,
+// of whom and what came back, and no secret.
+func (c *client) get(ctx context.Context, path string, params url.Values) (*answer, error) {
+	ctx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	defer context.AfterFunc(c.life, func() { giveUp(context.Cause(c.life)) })()
+
+	a, err := c.exchange(ctx, path, params)
+	if err == nil {
+		return a, nil
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	var urlError *url.Error // repeats the address
+	if errors.As(err, &urlError) {
+		err = urlError.Err
+	}
+	return nil, fmt.Errorf("asking Consul at %s for %s: %w", c.base, path, err)
+}
+
+func (c *client) exchange(ctx context.Context, path string, params url.Values) (*answer, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path+"?"+params.Encode(), nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Accept", "application/json")
+	if c.token != "" {
+		req.Header.Set("X-Consul-Token", c.token)
+	}
+	if c.auth != nil {
+		req.SetBasicAuth(c.auth.Username, c.auth.Password)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
+		return nil, &StatusError{resp.StatusCode, c.withoutSecrets(strings.TrimSpace(string(text)))}
+	}
+	index, err := strconv.ParseUint(resp.Header.Get("X-Consul-Index"), 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("the answer has no valid X-Consul-Index header (%q): is it a Consul agent?",
+			resp.Header.Get("X-Consul-Index"))
+	}
+	body, err := readBody(resp)
+	if err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	instances, err := decode(body)
+	if err != nil {
+		return nil, err
+	}
+	return &answer{
+		instances: instances,
+		index:     index,
+		filtered:  resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
+		cost:      time.Since(start),
+	}, nil
+}
+
+// withoutSecrets keeps a proxy between us and Consul from echoing the token
+// into our log.
+func (c *client) withoutSecrets(text string) string {
+	if c.token == "" {
+		return text
+	}
+	return strings.ReplaceAll(text, c.token, "(token)")
+}
+
+func readBody(resp *http.Response) ([]byte, error) {
+	var body bytes.Buffer
+	if resp.ContentLength > 0 && resp.ContentLength <= answerLimit {
+		body.Grow(int(resp.ContentLength) + bytes.MinRead)
+	}
+	n, err := body.ReadFrom(io.LimitReader(resp.Body, answerLimit+1))
+	if err != nil {
+		return nil, fmt.Errorf("reading the answer after %d bytes: %w", n, err)
+	}
+	if n > answerLimit {
+		return nil, fmt.Errorf("the answer is larger than %d MiB", answerLimit>>20)
+	}
+	return body.Bytes(), nil
+}
+
+// decode reads Consul's answer about a service. What isn't one is an error: it
+// must not pass for a service without instances.
+func decode(body []byte) ([]instance, error) {
+	var instances []instance
+	if err := json.Unmarshal(body, &instances); err != nil {
+		return nil, fmt.Errorf("decoding the answer of %d bytes: %w", len(body), err)
+	}
+	if instances == nil {
+		return nil, errors.New("the answer is no list of instances")
+	}
+	for i := range instances {
+		if instances[i].Node == nil || instances[i].Service == nil {
+			return nil, fmt.Errorf("element %d of the answer has no node or no service: is it a Consul agent?", i)
+		}
+	}
+	return instances, nil
+}
+
+// StatusError is an answer of Consul other than 200.
+type StatusError struct {
+	Code int
+	Text string
+}
+
+func (e *StatusError) Error() string {
+	return fmt.Sprintf("it answered %d %s: %q%s", e.Code, http.StatusText(e.Code), e.Text, e.advice())
+}
+
+// advice says what to do about the status.
+func (e *StatusError) advice() string {
+	switch e.Code {
+	case http.StatusForbidden:
+		return " (the token needs service:read on the service and node:read on its nodes)"
+	case http.StatusTooManyRequests:
+		return " (see limits.http_max_conns_per_client in the agent's configuration)"
+	case http.StatusBadRequest:
+		return " (see the filter and the datacenter of the source)"
+	}
+	return ""
+}

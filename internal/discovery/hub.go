@@ -1,0 +1,135 @@
+package discovery
+
+import (
+	"context"
+	"crypto/sha256"
+	"slices"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/hashicorp/consul/api"
+	"go.uber.org/zap"
+
+	"github.com/caddy-consul/caddy-consul/internal/endpoint"
+)
+
+// The pools outlive configs: a reload finds its watchers and their Sets in
+// them, and a connection is given up when no watcher needs it.
+var (
+	agents   = caddy.NewUsagePool()
+	watchers = caddy.NewUsagePool()
+)
+
+// agentKey tells one connection from another. It holds secrets as digests.
+type agentKey struct {
+	scheme, address, prefix, namespace, partition string
+	token, auth                                   [sha256.Size]byte
+	tokenFile                                     string
+	serverName, caFile, caPath, certFile, keyFile string
+	insecure                                      bool
+}
+
+func keyOf(config *api.Config) agentKey {
+	tls := config.TLSConfig
+	key := agentKey{
+		scheme: config.Scheme, address: config.Address, prefix: config.PathPrefix,
+		namespace: config.Namespace, partition: config.Partition,
+		token: sha256.Sum256([]byte(config.Token)), tokenFile: config.TokenFile,
+		serverName: tls.Address, caFile: tls.CAFile, caPath: tls.CAPath,
+		certFile: tls.CertFile, keyFile: tls.KeyFile, insecure: tls.InsecureSkipVerify,
+	}
+	if auth := config.HttpAuth; auth != nil {
+		key.auth = sha256.Sum256([]byte(auth.Username + "\x00" + auth.Password))
+	}
+	return key
+}
+
+// watcherKey tells one watcher from another.
+type watcherKey struct {
+	agent agentKey
+	query string
+}
+
+// Subscription is one config's hold on a watcher.
+type Subscription struct {
+	key     watcherKey
+	watcher *watcher
+	log     *subscriberLog
+}
+
+// Subscribe follows query on the agent of config. It does not wait for Consul:
+// an error means that config can't be used. Close ends the subscription, and
+// with the last one of the same query and config the following.
+func Subscribe(config *api.Config, query Query, logger *zap.Logger) (*Subscription, error) {
+	agentKey := keyOf(config)
+	key := watcherKey{agentKey, query.key()}
+	value, _, err := watchers.LoadOrNew(key, func() (caddy.Destructor, error) {
+		shared, _, err := agents.LoadOrNew(agentKey, func() (caddy.Destructor, error) { return newAgent(config) })
+		if err != nil {
+			return nil, err
+		}
+		release := func() { _, _ = agents.Delete(agentKey) }
+		return newWatcher(query, shared.(*agent), release), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	s := &Subscription{key: key, watcher: value.(*watcher), log: &subscriberLog{logger}}
+	s.watcher.mu.Lock()
+	s.watcher.loggers = append(s.watcher.loggers, s.log)
+	s.watcher.mu.Unlock()
+	return s, nil
+}
+
+// Close ends the subscription. Its Sets stay readable.
+func (s *Subscription) Close() {
+	w := s.watcher
+	w.mu.Lock()
+	if i := slices.Index(w.loggers, s.log); i >= 0 {
+		w.loggers = slices.Delete(w.loggers, i, i+1)
+	}
+	w.mu.Unlock()
+	_, _ = watchers.Delete(s.key)
+}
+
+// Set returns the newest Set, or nil before the first answer.
+func (s *Subscription) Set() *endpoint.Set { return s.watcher.set.Load() }
+
+// Await returns the newest Set. Before the first answer it waits for it until
+// ctx ends or the watcher has been asking for as long as timeout; then it
+// returns nil.
+func (s *Subscription) Await(ctx context.Context, timeout time.Duration) *endpoint.Set {
+	if set := s.Set(); set != nil {
+		return set
+	}
+	left := timeout - time.Since(s.watcher.started)
+	if left <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(left)
+	defer timer.Stop()
+	select {
+	case <-s.watcher.first:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return s.Set()
+}
+
+// FailingFor returns how long Consul has given no usable answer. It is 0 while
+// Consul answers.
+func (s *Subscription) FailingFor() time.Duration {
+	f := s.watcher.failing.Load()
+	if f == nil {
+		return 0
+	}
+	return max(time.Since(f.since), 1)
+}
+
+// LastError returns why Consul gives no usable answer, or nil while it does.
+func (s *Subscription) LastError() error {
+	if f := s.watcher.failing.Load(); f != nil {
+		return f.err
+	}
+	return nil
+}

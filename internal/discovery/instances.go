@@ -1,0 +1,171 @@
+package discovery
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/caddy-consul/caddy-consul/internal/endpoint"
+)
+
+// instance is what is used of an element of Consul's answer about a service.
+type instance struct {
+	Node *struct {
+		Node       string
+		Address    string
+		Datacenter string
+	}
+	Service *struct {
+		ID         string
+		Service    string
+		Address    string
+		Port       int
+		SocketPath string
+		Tags       []string
+		Meta       map[string]string
+		Weights    *struct{ Passing, Warning int }
+	}
+	Checks []struct {
+		CheckID string
+		Status  string
+	}
+}
+
+// status aggregates the checks of the instance as Consul does.
+func (in *instance) status() endpoint.Status {
+	worst := endpoint.Passing
+	for _, check := range in.Checks {
+		status := endpoint.Passing
+		switch {
+		case check.CheckID == api.NodeMaint || strings.HasPrefix(check.CheckID, api.ServiceMaintPrefix):
+			status = endpoint.Maintenance
+		case check.Status == api.HealthWarning:
+			status = endpoint.Warning
+		case check.Status != api.HealthPassing:
+			status = endpoint.Critical
+		}
+		worst = max(worst, status)
+	}
+	return worst
+}
+
+// isMetBy reports whether an instance with that status is healthy enough.
+func (h Health) isMetBy(status endpoint.Status) bool {
+	switch h {
+	case HealthAny:
+		return status != endpoint.Maintenance
+	case HealthWarning:
+		return status <= endpoint.Warning
+	default:
+		return status == endpoint.Passing
+	}
+}
+
+// weight is the instance's share of traffic.
+func (w Weighting) weight(in *instance, status endpoint.Status) int {
+	switch {
+	case w.Equal:
+		return 1
+	case w.MetaKey != "":
+		weight, err := strconv.Atoi(strings.TrimSpace(in.Service.Meta[w.MetaKey]))
+		if err != nil || weight < 0 {
+			return w.Default
+		}
+		return min(weight, MaxWeight)
+	case in.Service.Weights == nil:
+		return 1
+	case status == endpoint.Warning:
+		return min(max(in.Service.Weights.Warning, 0), MaxWeight)
+	default:
+		return min(max(in.Service.Weights.Passing, 0), MaxWeight)
+	}
+}
+
+// endpoints turns Consul's answer into the endpoints that the query asks for,
+// in a stable order. Instances that can't be dialled are left out and come back
+// as errors.
+func (q *Query) endpoints(instances []instance) ([]endpoint.Endpoint, []error) {
+	endpoints := make([]endpoint.Endpoint, 0, len(instances))
+	var refused []error
+	for i := range instances {
+		in := &instances[i]
+		status := in.status()
+		if !q.Health.isMetBy(status) || q.excludes(in.Service.Tags) {
+			continue
+		}
+		dial, err := in.dialAddress()
+		if err != nil {
+			refused = append(refused, fmt.Errorf("instance %q on node %q: %w", in.Service.ID, in.Node.Node, err))
+			continue
+		}
+		endpoints = append(endpoints, endpoint.Endpoint{
+			Dial:       dial,
+			Weight:     q.Weighting.weight(in, status),
+			Status:     status,
+			Service:    in.Service.Service,
+			ID:         in.Service.ID,
+			Node:       in.Node.Node,
+			Datacenter: in.Node.Datacenter,
+			Tags:       in.Service.Tags,
+			Meta:       in.Service.Meta,
+		})
+	}
+	if q.Near == "" { // else Consul's order says which instance is nearest
+		slices.SortStableFunc(endpoints, func(a, b endpoint.Endpoint) int {
+			return cmp.Or(strings.Compare(a.Node, b.Node), strings.Compare(a.ID, b.ID))
+		})
+	}
+	return endpoints, refused
+}
+
+// dialAddress is the Caddy network address of the instance: the service's own
+// address, else its node's.
+//
+// Caddy expands placeholders in a dial address and reads slashes, spaces and
+// port ranges in it, so what isn't plainly a host and a port is refused.
+func (in *instance) dialAddress() (string, error) {
+	if path := in.Service.SocketPath; path != "" {
+		if !strings.HasPrefix(path, "/") || strings.ContainsFunc(path, isUnsafeInPath) {
+			return "", fmt.Errorf("socket path %q can't be dialled: want an absolute path without spaces, braces or bars", path)
+		}
+		return "unix/" + path, nil
+	}
+	host := in.Service.Address
+	if host == "" {
+		host = in.Node.Address
+	}
+	if host == "" || strings.ContainsFunc(host, isUnsafeInHost) {
+		return "", fmt.Errorf("address %q can't be dialled: want an IP address or a host name", host)
+	}
+	if port := in.Service.Port; port < 1 || port > 65535 {
+		return "", fmt.Errorf("port %d can't be dialled: want 1 to 65535", port)
+	}
+	return net.JoinHostPort(host, strconv.Itoa(in.Service.Port)), nil
+}
+
+func isUnsafeInHost(r rune) bool {
+	switch {
+	case r >= '0' && r <= '9', r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z':
+		return false
+	}
+	return !strings.ContainsRune(".-_:%", r)
+}
+
+func isUnsafeInPath(r rune) bool {
+	return r <= ' ' || r == 0x7f || strings.ContainsRune("{}|", r)
+}
+
+// sameEndpoints reports whether two answers mean the same.
+func sameEndpoints(a, b []endpoint.Endpoint) bool {
+	return slices.EqualFunc(a, b, func(a, b endpoint.Endpoint) bool {
+		return a.Dial == b.Dial && a.Weight == b.Weight && a.Status == b.Status &&
+			a.Service == b.Service && a.ID == b.ID && a.Node == b.Node && a.Datacenter == b.Datacenter &&
+			slices.Equal(a.Tags, b.Tags) && maps.Equal(a.Meta, b.Meta)
+	})
+}

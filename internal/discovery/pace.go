@@ -1,0 +1,44 @@
+package discovery
+
+import (
+	"context"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+const (
+	// paceMin lets a small service follow each change of its own at once and
+	// still bounds what a flood of them, or a Consul that answers without
+	// blocking, can cost.
+	paceMin = 25 * time.Millisecond
+
+	// paceMax keeps the last of a flood of changes from waiting for long.
+	paceMax = 1500 * time.Millisecond
+
+	// paceShare is the inverse of the share of one core that reading answers
+	// may take while they come in without a break.
+	paceShare = 5
+)
+
+// pacer holds back the next query while answers come in faster than they are
+// worth reading. It is a token bucket of two: a change, and the next one hard
+// on its heels, are followed at once. What is missed meanwhile is in the next
+// answer, for a blocking query returns the newest state.
+type pacer struct {
+	limiter *rate.Limiter
+}
+
+func newPacer() *pacer {
+	return &pacer{rate.NewLimiter(rate.Every(paceMin), 2)}
+}
+
+// answered says what the last answer cost to read.
+func (p *pacer) answered(cost time.Duration) {
+	p.limiter.SetLimit(rate.Every(min(max(paceShare*cost, paceMin), paceMax)))
+}
+
+// wait returns when the next query may be sent, or ctx ends.
+func (p *pacer) wait(ctx context.Context) {
+	_ = p.limiter.Wait(ctx) // it fails when ctx ends, which the caller sees for itself
+}

@@ -1,0 +1,112 @@
+package discovery
+
+import (
+	"encoding/json"
+	"net/url"
+	"strings"
+	"time"
+)
+
+// Health says how healthy an instance must be to be used.
+type Health string
+
+// The levels of health.
+const (
+	// HealthPassing takes instances whose checks all pass.
+	HealthPassing Health = "passing"
+
+	// HealthWarning takes instances in a warning state too.
+	HealthWarning Health = "warning"
+
+	// HealthAny takes every instance that isn't in maintenance mode.
+	HealthAny Health = "any"
+)
+
+// Consistency is the consistency mode of a query, as Consul defines it.
+type Consistency string
+
+// The consistency modes.
+const (
+	ConsistencyDefault    Consistency = "default"
+	ConsistencyStale      Consistency = "stale"
+	ConsistencyConsistent Consistency = "consistent"
+)
+
+// Weighting says where the weight of an instance comes from.
+type Weighting struct {
+	// MetaKey names the key of the service's meta data that holds the weight.
+	MetaKey string
+
+	// Default is the weight where the meta data has none, or no usable one.
+	Default int
+
+	// Equal gives every instance the weight 1.
+	Equal bool
+}
+
+// MaxWeight is the largest weight of an instance, as in Consul.
+const MaxWeight = 65535
+
+// Query is a question about one service. Whatever changes the answer is part
+// of it.
+type Query struct {
+	Service     string
+	Tags        []string // all of these
+	NotTags     []string // none of these
+	Filter      string   // an expression in Consul's filter language
+	Health      Health
+	Weighting   Weighting
+	Datacenter  string // empty: the agent's own
+	Near        string
+	Consistency Consistency
+
+	// Wait is how long Consul is to hold a blocking query. At most 10 minutes.
+	Wait time.Duration
+}
+
+// key tells one query from another.
+func (q *Query) key() string {
+	text, err := json.Marshal(q)
+	if err != nil {
+		panic(err) // strings and numbers can always be marshalled
+	}
+	return string(text)
+}
+
+// path is the path and the parameters that all requests of the query share.
+func (q *Query) path() (string, url.Values) {
+	params := url.Values{}
+	if q.Health == HealthPassing {
+		params.Set("passing", "1")
+	}
+	for _, tag := range q.Tags {
+		params.Add("tag", tag)
+	}
+	if q.Filter != "" {
+		params.Set("filter", q.Filter)
+	}
+	if q.Datacenter != "" {
+		params.Set("dc", q.Datacenter)
+	}
+	if q.Near != "" {
+		params.Set("near", q.Near)
+	}
+	switch q.Consistency {
+	case ConsistencyStale, ConsistencyConsistent:
+		params.Set(string(q.Consistency), "")
+	}
+	return "/v1/health/service/" + url.PathEscape(q.Service), params
+}
+
+// excludes reports whether an instance with these tags is unwanted. Consul
+// compares tags without regard to case; so do we.
+func (q *Query) excludes(tags []string) bool {
+	for _, unwanted := range q.NotTags {
+		for _, tag := range tags {
+			if strings.EqualFold(tag, unwanted) {
+				return true
+			}
+		}
+	}
+	return false
+}
