@@ -1,0 +1,205 @@
+package consulupstreams
+
+import (
+	"strconv"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+
+	"github.com/caddy-consul/caddy-consul/internal/discovery"
+)
+
+// UnmarshalCaddyfile sets up the source from Caddyfile tokens. Syntax:
+//
+//	dynamic consul [<service>] {
+//	    service         <service>
+//	    tag             [!]<tag> ...
+//	    filter          <expression>
+//	    health          passing|warning|any
+//	    weights         consul|equal
+//	    weights         meta <key> [<default>]
+//	    near            <node>
+//	    consistency     default|stale|consistent
+//	    startup_timeout <duration>
+//	    serve_stale     forever|never|<duration>
+//
+//	    address    <address>
+//	    token      <token>
+//	    token_file <path>
+//	    datacenter <name>
+//	    tls {
+//	        ca          <path>
+//	        cert        <path>
+//	        key         <path>
+//	        server_name <name>
+//	        insecure_skip_verify
+//	    }
+//	}
+//
+// The service is named once, in either place. The connection's options default
+// to those of the global option consul. For those who come from other plugins,
+// refresh is accepted without effect, and grace_period as serve_stale.
+func (u *Upstreams) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // consume the source's name
+	once := make(options)
+	if d.NextArg() {
+		u.Service = d.Val()
+		once["service"] = d.Line()
+		if err := locate(d, checkService(u.Service)); err != nil {
+			return err
+		}
+		if d.NextArg() {
+			return d.ArgErr()
+		}
+	}
+	start := *d // to blame for what is missing
+	for d.NextBlock(0) {
+		if d.Val() != "tag" { // of which there may be several
+			if err := once.take(d); err != nil {
+				return err
+			}
+		}
+		if err := u.unmarshalOption(d); err != nil {
+			return err
+		}
+	}
+	if u.Service == "" {
+		return start.Err(errNoService.Error())
+	}
+	return locate(d, u.check())
+}
+
+func (u *Upstreams) unmarshalOption(d *caddyfile.Dispenser) error {
+	switch d.Val() {
+	case "service":
+		if err := oneArg(d, &u.Service); err != nil {
+			return err
+		}
+		return locate(d, checkService(u.Service))
+
+	case "tag":
+		tags := d.RemainingArgs()
+		if len(tags) == 0 {
+			return d.ArgErr()
+		}
+		u.Tag = append(u.Tag, tags...)
+		return locate(d, checkTags(tags))
+
+	case "filter":
+		if err := oneArg(d, &u.Filter); err != nil {
+			return err
+		}
+		return locate(d, checkFilter(u.Filter))
+
+	case "health":
+		if err := oneArg(d, &u.Health); err != nil {
+			return err
+		}
+		return locate(d, checkHealth(u.Health))
+
+	case "weights":
+		u.Weights = new(Weights)
+		return u.Weights.unmarshal(d)
+
+	case "near":
+		return oneArg(d, &u.Near)
+
+	case "consistency":
+		if err := oneArg(d, &u.Consistency); err != nil {
+			return err
+		}
+		return locate(d, checkConsistency(u.Consistency))
+
+	case "startup_timeout":
+		return positiveDuration(d, &u.StartupTimeout)
+
+	case "serve_stale":
+		return u.unmarshalServeStale(d)
+
+	case "refresh":
+		return positiveDuration(d, &u.Refresh)
+
+	case "grace_period":
+		if err := positiveDuration(d, &u.GracePeriod); err != nil {
+			return err
+		}
+		if u.ServeStale != 0 {
+			return d.Err("grace_period is another name of serve_stale: remove one")
+		}
+		return nil
+	}
+	known, err := u.Connection.unmarshalOption(d)
+	if !known {
+		return d.Errf("unrecognized option '%s' of the consul source", d.Val())
+	}
+	return err
+}
+
+// unmarshal reads the arguments of the option weights.
+func (w *Weights) unmarshal(d *caddyfile.Dispenser) error {
+	args := d.RemainingArgs()
+	if len(args) == 0 {
+		return d.ArgErr()
+	}
+	w.From = args[0]
+	if w.From == "meta" {
+		if len(args) > 1 {
+			w.Key = args[1]
+		}
+		if len(args) > 2 {
+			weight, err := strconv.Atoi(args[2])
+			if err != nil || weight < 0 || weight > discovery.MaxWeight {
+				return d.Errf("default weight '%s': want a number from 0 to %d", args[2], discovery.MaxWeight)
+			}
+			w.Default = &weight
+		}
+		if len(args) > 3 {
+			return d.ArgErr()
+		}
+	} else if len(args) > 1 {
+		return d.ArgErr()
+	}
+	return locate(d, w.check())
+}
+
+func (u *Upstreams) unmarshalServeStale(d *caddyfile.Dispenser) error {
+	var text string
+	if err := oneArg(d, &text); err != nil {
+		return err
+	}
+	if u.GracePeriod != 0 {
+		return d.Err("grace_period is another name of serve_stale: remove one")
+	}
+	switch text {
+	case "forever":
+		u.ServeStale = 0
+		return nil
+	case "never":
+		u.ServeStale = -1
+		return nil
+	}
+	limit, err := caddy.ParseDuration(text)
+	if err != nil || limit <= 0 {
+		return d.Errf("serve_stale '%s': want forever, never or a positive duration such as 24h", text)
+	}
+	u.ServeStale = caddy.Duration(limit)
+	return nil
+}
+
+// positiveDuration reads the only argument of an option, a duration.
+func positiveDuration(d *caddyfile.Dispenser, field *caddy.Duration) error {
+	name := d.Val()
+	var text string
+	if err := oneArg(d, &text); err != nil {
+		return err
+	}
+	duration, err := caddy.ParseDuration(text)
+	if err != nil || duration <= 0 {
+		return d.Errf("%s '%s': want a positive duration such as 3s", name, text)
+	}
+	*field = caddy.Duration(duration)
+	return nil
+}
+
+// Interface guard
+var _ caddyfile.Unmarshaler = (*Upstreams)(nil)
