@@ -76,6 +76,7 @@ func (a *App) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
 	if existing != nil {
+		d.Next() // to say where
 		return nil, d.Err("the global option consul is already given")
 	}
 	app := new(App)

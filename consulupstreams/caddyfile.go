@@ -13,6 +13,9 @@ import (
 //
 //	dynamic consul [<service>] {
 //	    service         <service>
+//	    allow           <name or pattern> ...
+//	    allow_regexp    <expression>
+//	    max_services    <number>
 //	    tag             [!]<tag> ...
 //	    filter          <expression>
 //	    health          passing|warning|any
@@ -36,25 +39,27 @@ import (
 //	    }
 //	}
 //
-// The service is named once, in either place. The connection's options default
-// to those of the global option consul. For those who come from other plugins,
-// refresh is accepted without effect, and grace_period as serve_stale.
+// The service is named once, in either place. If its name has placeholders,
+// allow or allow_regexp must say which names it may expand to. The connection's
+// options default to those of the global option consul. For those who come from
+// other plugins, refresh is accepted without effect, and grace_period as
+// serve_stale.
 func (u *Upstreams) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume the source's name
+	start := *d
 	once := make(options)
 	if d.NextArg() {
 		u.Service = d.Val()
-		once["service"] = d.Line()
-		if err := locate(d, checkService(u.Service)); err != nil {
+		once["service"] = *d
+		if err := locate(d, checkServiceName(u.Service)); err != nil {
 			return err
 		}
 		if d.NextArg() {
 			return d.ArgErr()
 		}
 	}
-	start := *d // to blame for what is missing
 	for d.NextBlock(0) {
-		if d.Val() != "tag" { // of which there may be several
+		if d.Val() != "tag" && d.Val() != "allow" { // of which there may be several
 			if err := once.take(d); err != nil {
 				return err
 			}
@@ -66,7 +71,9 @@ func (u *Upstreams) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if u.Service == "" {
 		return start.Err(errNoService.Error())
 	}
-	return locate(d, u.check())
+	at, resolved := once["service"], *u
+	resolved.Service = caddy.NewReplacer().ReplaceKnown(u.Service, "") // as when it is provisioned
+	return locate(&at, resolved.checkService())
 }
 
 func (u *Upstreams) unmarshalOption(d *caddyfile.Dispenser) error {
@@ -75,7 +82,34 @@ func (u *Upstreams) unmarshalOption(d *caddyfile.Dispenser) error {
 		if err := oneArg(d, &u.Service); err != nil {
 			return err
 		}
-		return locate(d, checkService(u.Service))
+		return locate(d, checkServiceName(u.Service))
+
+	case "allow":
+		patterns := d.RemainingArgs()
+		if len(patterns) == 0 {
+			return d.ArgErr()
+		}
+		u.Allow = append(u.Allow, patterns...)
+		return locate(d, checkAllow(patterns))
+
+	case "allow_regexp":
+		if err := oneArg(d, &u.AllowRegexp); err != nil {
+			return err
+		}
+		_, err := compileAllowRegexp(u.AllowRegexp)
+		return locate(d, err)
+
+	case "max_services":
+		var text string
+		if err := oneArg(d, &text); err != nil {
+			return err
+		}
+		number, err := strconv.Atoi(text)
+		if err != nil || number < 1 {
+			return d.Errf("max_services '%s': want a number of at least 1", text)
+		}
+		u.MaxServices = number
+		return nil
 
 	case "tag":
 		tags := d.RemainingArgs()
@@ -120,13 +154,7 @@ func (u *Upstreams) unmarshalOption(d *caddyfile.Dispenser) error {
 		return positiveDuration(d, &u.Refresh)
 
 	case "grace_period":
-		if err := positiveDuration(d, &u.GracePeriod); err != nil {
-			return err
-		}
-		if u.ServeStale != 0 {
-			return d.Err("grace_period is another name of serve_stale: remove one")
-		}
-		return nil
+		return positiveDuration(d, &u.GracePeriod)
 	}
 	known, err := u.Connection.unmarshalOption(d)
 	if !known {
@@ -166,9 +194,6 @@ func (u *Upstreams) unmarshalServeStale(d *caddyfile.Dispenser) error {
 	var text string
 	if err := oneArg(d, &text); err != nil {
 		return err
-	}
-	if u.GracePeriod != 0 {
-		return d.Err("grace_period is another name of serve_stale: remove one")
 	}
 	switch text {
 	case "forever":

@@ -1,6 +1,10 @@
 package consulupstreams
 
 import (
+	"cmp"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
@@ -86,14 +90,13 @@ func (c Connection) orElse(defaults Connection) Connection {
 // resolve expands the placeholders of c and fills in the environment's
 // defaults.
 func (c Connection) resolve() (*api.Config, error) {
-	repl := caddy.NewReplacer()
+	if err := c.check(); err != nil {
+		return nil, err
+	}
 	set := func(field *string, value string) {
 		if value != "" {
-			*field = repl.ReplaceAll(value, "")
+			*field, _ = expand(value) // has been checked
 		}
-	}
-	if c.Token != "" && c.TokenFile != "" {
-		return nil, errTwoTokens
 	}
 	config := api.DefaultConfig()
 	set(&config.Address, c.Address)
@@ -115,15 +118,137 @@ func (c Connection) resolve() (*api.Config, error) {
 	return config, nil
 }
 
-var errTwoTokens = errors.New("token and token_file can't be used together: remove one")
+// expand replaces the placeholders that are known while a config is loaded. An
+// unset environment variable is empty; a placeholder of requests is an error.
+func expand(value string) (string, error) {
+	return caddy.NewReplacer().ReplaceOrErr(value, false, true)
+}
+
+// expandToSomething is expand for what can't be empty.
+func expandToSomething(value string) (string, error) {
+	expanded, err := expand(value)
+	if err == nil && expanded == "" {
+		err = fmt.Errorf("'%s' is empty", value)
+	}
+	return expanded, err
+}
 
 // check reports what is wrong with c as far as it can be told without Consul.
+// What c leaves out, and so comes from elsewhere, is not looked at.
 func (c Connection) check() error {
-	config, err := c.resolve()
-	if err != nil {
-		return err
+	if c.Token != "" && c.TokenFile != "" {
+		return errTwoTokens
 	}
-	return discovery.CheckConnection(config)
+	return errors.Join(
+		checkAddress(c.Address), checkPlaceholders("token", c.Token), checkFile("token_file", c.TokenFile),
+		checkPlaceholders("datacenter", c.Datacenter), c.TLS.check(),
+	)
+}
+
+var errTwoTokens = errors.New("token and token_file can't be used together: remove one")
+
+// optionError is what is wrong with an option's value.
+type optionError struct {
+	option string
+	err    error
+}
+
+func (e *optionError) Error() string { return e.option + ": " + e.err.Error() }
+func (e *optionError) Unwrap() error { return e.err }
+
+func checkPlaceholders(option, value string) error {
+	if _, err := expand(value); err != nil {
+		return &optionError{option, err}
+	}
+	return nil
+}
+
+func checkAddress(address string) error {
+	if address == "" {
+		return nil
+	}
+	expanded, err := expandToSomething(address)
+	if err != nil {
+		return &optionError{"address", err}
+	}
+	return discovery.CheckConnection(&api.Config{Address: expanded}) // names the option itself
+}
+
+// checkFile reports why a file that an option names, if any, can't be read.
+func checkFile(option, name string) error {
+	if name == "" {
+		return nil
+	}
+	expanded, err := expandToSomething(name)
+	if err != nil {
+		return &optionError{option, err}
+	}
+	if _, err := os.ReadFile(expanded); err != nil {
+		return &optionError{option, fmt.Errorf("can't read the file: %w", err)}
+	}
+	return nil
+}
+
+// check reports what is wrong with the files of t. The environment may have the
+// other half of a certificate and key.
+func (t *TLS) check() error {
+	if t == nil {
+		return nil
+	}
+	err := cmp.Or(
+		checkFile("ca", t.CA), checkFile("cert", t.Cert), checkFile("key", t.Key),
+		checkPlaceholders("server_name", t.ServerName), t.checkAuthorities(), t.checkPair(),
+	)
+	if err != nil {
+		return fmt.Errorf("tls: %w", err)
+	}
+	return nil
+}
+
+func (t *TLS) checkAuthorities() error {
+	ca, err := expand(t.CA)
+	if err == nil {
+		_, err = api.SetupTLSConfig(&api.TLSConfig{CAFile: ca})
+	}
+	if err != nil {
+		return &optionError{"ca", err}
+	}
+	return nil
+}
+
+// checkPair reports what is wrong with the certificate to show and its key.
+func (t *TLS) checkPair() error {
+	fromEnv := api.DefaultConfig().TLSConfig
+	cert, _ := expand(cmp.Or(t.Cert, fromEnv.CertFile))
+	key, _ := expand(cmp.Or(t.Key, fromEnv.KeyFile))
+	switch {
+	case t.Cert == "" && t.Key == "":
+		return nil
+	case key == "":
+		return &optionError{"cert", errors.New("needs key as well")}
+	case cert == "":
+		return &optionError{"key", errors.New("needs cert as well")}
+	}
+	_, err := tls.LoadX509KeyPair(cert, key)
+	switch {
+	case err == nil:
+		return nil
+	case t.Key == "" || !holdsCertificate(cert):
+		return &optionError{"cert", err}
+	default:
+		return &optionError{"key", err}
+	}
+}
+
+// holdsCertificate reports whether a PEM file starts with a certificate.
+func holdsCertificate(name string) bool {
+	content, _ := os.ReadFile(name)
+	block, _ := pem.Decode(content)
+	if block == nil {
+		return false
+	}
+	_, err := x509.ParseCertificate(block.Bytes)
+	return err == nil
 }
 
 // unmarshalOption reads the option that d stands on, if it is one of a
@@ -143,33 +268,28 @@ func (c Connection) check() error {
 func (c *Connection) unmarshalOption(d *caddyfile.Dispenser) (known bool, err error) {
 	switch d.Val() {
 	case "address":
-		if err := oneArg(d, &c.Address); err != nil {
-			return true, err
-		}
-		return true, locate(d, Connection{Address: c.Address}.check())
+		err = oneArg(d, &c.Address)
 	case "token":
-		if c.TokenFile != "" {
-			return true, d.Err(errTwoTokens.Error())
-		}
-		return true, oneArg(d, &c.Token)
+		err = oneArg(d, &c.Token)
 	case "token_file":
-		if c.Token != "" {
-			return true, d.Err(errTwoTokens.Error())
-		}
-		if err := oneArg(d, &c.TokenFile); err != nil {
-			return true, err
-		}
-		return true, locate(d, Connection{TokenFile: c.TokenFile}.check())
+		err = oneArg(d, &c.TokenFile)
 	case "datacenter":
-		return true, oneArg(d, &c.Datacenter)
+		err = oneArg(d, &c.Datacenter)
 	case "tls":
 		if d.NextArg() {
 			return true, d.ArgErr()
 		}
 		c.TLS = new(TLS)
 		return true, c.TLS.unmarshal(d)
+	default:
+		return false, nil
 	}
-	return false, nil
+	if err != nil {
+		return true, err
+	}
+	return true, locate(d, Connection{
+		Address: c.Address, Token: c.Token, TokenFile: c.TokenFile, Datacenter: c.Datacenter,
+	}.check())
 }
 
 func (t *TLS) unmarshal(d *caddyfile.Dispenser) error {
@@ -187,10 +307,7 @@ func (t *TLS) unmarshal(d *caddyfile.Dispenser) error {
 		case "key":
 			field = &t.Key
 		case "server_name":
-			if err := oneArg(d, &t.ServerName); err != nil {
-				return err
-			}
-			continue
+			field = &t.ServerName
 		case "insecure_skip_verify":
 			if d.NextArg() {
 				return d.ArgErr()
@@ -203,29 +320,52 @@ func (t *TLS) unmarshal(d *caddyfile.Dispenser) error {
 		if err := oneArg(d, field); err != nil {
 			return err
 		}
-		if _, err := os.ReadFile(caddy.NewReplacer().ReplaceAll(*field, "")); err != nil {
-			return d.Errf("can't read the file: %v", err)
-		}
 	}
-	return locate(d, Connection{TLS: t}.check())
+	err := t.check()
+	if wrong := (*optionError)(nil); errors.As(err, &wrong) {
+		at := once[wrong.option]
+		return locate(&at, err)
+	}
+	return locate(d, err)
 }
 
-// options remembers which options a block has had.
-type options map[string]int
+// options remembers where a block has had which options.
+type options map[string]caddyfile.Dispenser
 
-// take notes the option that d stands on. It fails if the block has had it.
+// rivals are options that say the same thing in two ways.
+var rivals = map[string]string{
+	"token": "token_file", "token_file": "token",
+	"serve_stale": "grace_period", "grace_period": "serve_stale",
+}
+
+// take notes the option that d stands on. It fails if the block has had it, or
+// its rival.
 func (o options) take(d *caddyfile.Dispenser) error {
 	name := d.Val()
-	if line, taken := o[name]; taken {
-		return d.Errf("option '%s' is already given on line %d", name, line)
+	if name == "{" {
+		return d.Err("the option takes no block")
 	}
-	o[name] = d.Line()
+	if at, taken := o[name]; taken {
+		return d.Errf("option '%s' is already given on line %d", name, at.Line())
+	}
+	rival := rivals[name]
+	if at, taken := o[rival]; taken {
+		return d.Errf("%s and %s (on line %d) can't be used together: remove one", name, rival, at.Line())
+	}
+	o[name] = *d
 	return nil
 }
 
 // oneArg reads the only argument of an option.
 func oneArg(d *caddyfile.Dispenser, field *string) error {
-	if !d.AllArgs(field) || *field == "" {
+	name := d.Val()
+	if !d.NextArg() {
+		return d.ArgErr()
+	}
+	if *field = d.Val(); *field == "" {
+		return d.Errf("option '%s' is empty", name)
+	}
+	if d.NextArg() {
 		return d.ArgErr()
 	}
 	return nil

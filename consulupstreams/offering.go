@@ -71,7 +71,7 @@ func offeringFor(proxy *reverseproxy.Handler, source *Upstreams) offering {
 
 // GetUpstreams returns the upstreams that the request may go to.
 func (u *Upstreams) GetUpstreams(r *http.Request) ([]*reverseproxy.Upstream, error) {
-	set, err := u.instances(r.Context())
+	set, err := u.instances(r)
 	if err != nil {
 		if u.hasFallback {
 			return nil, err // makes Caddy use the static upstreams

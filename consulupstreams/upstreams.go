@@ -1,7 +1,6 @@
 package consulupstreams
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -14,7 +13,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-consul/caddy-consul/internal/discovery"
-	"github.com/caddy-consul/caddy-consul/internal/endpoint"
 )
 
 func init() {
@@ -57,7 +55,27 @@ const (
 // `{http.reverse_proxy.upstreams.consul.meta.*}` | The instance's meta data, by key
 type Upstreams struct {
 	// The name of the service in Consul. Required.
+	//
+	// Placeholders of the request may be used, such as
+	// `{http.request.host.labels.2}`; then `allow` or `allow_regexp` is required.
+	// A service is followed from the first request for it on, and until there
+	// has been none for 10 minutes. Names that no service has are refused from
+	// memory, without asking Consul.
 	Service string `json:"service,omitempty"`
+
+	// The names that a `service` with placeholders may expand to. `*` stands for
+	// any run of characters, `?` for one. Letter case does not matter. It is a
+	// wall between what clients send and the services that are not for them.
+	Allow []string `json:"allow,omitempty"`
+
+	// A regular expression, in Go's syntax, that matches names which a `service`
+	// with placeholders may expand to, as a whole, in lower case.
+	AllowRegexp string `json:"allow_regexp,omitempty"`
+
+	// How many services are followed at once, if `service` has placeholders. When
+	// one more is asked for, the one used least recently makes room. Default:
+	// `100`.
+	MaxServices int `json:"max_services,omitempty"`
 
 	// Tags that an instance must have; with a leading `!`, tags that it must not
 	// have. Letter case does not matter. Default: any instance.
@@ -107,9 +125,9 @@ type Upstreams struct {
 
 	Connection
 
-	subscription *discovery.Subscription
-	offering     offering
-	hasFallback  bool // the proxy has static upstreams
+	follow      following
+	offering    offering
+	hasFallback bool // the proxy has static upstreams
 }
 
 // Weights says where the weights of the instances come from.
@@ -159,6 +177,7 @@ func (u *Upstreams) Provision(ctx caddy.Context) error {
 	if u.StartupTimeout == 0 {
 		u.StartupTimeout = caddy.Duration(defaultStartupTimeout)
 	}
+	u.Service = caddy.NewReplacer().ReplaceKnown(u.Service, "") // {env.*}; the request's stay
 	if err := u.check(); err != nil {
 		return err
 	}
@@ -166,9 +185,7 @@ func (u *Upstreams) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	query := u.query()
-	u.subscription, err = discovery.Subscribe(config, query, ctx.Logger())
-	if err != nil {
+	if u.follow, err = u.startFollowing(config, ctx.Logger()); err != nil {
 		return err
 	}
 	u.join(ctx)
@@ -197,8 +214,8 @@ func (u *Upstreams) Validate() error { return u.check() }
 // Cleanup stops following the service, unless another config or source still
 // needs it. Requests of the old config may go on being served.
 func (u *Upstreams) Cleanup() error {
-	if u.subscription != nil {
-		u.subscription.Close()
+	if u.follow != nil {
+		u.follow.Close()
 	}
 	return nil
 }
@@ -214,22 +231,12 @@ func (u *Upstreams) check() error {
 		return errors.New("startup_timeout must not be negative")
 	}
 	return errors.Join(
-		checkService(u.Service), checkTags(u.Tag), checkFilter(u.Filter), checkHealth(u.Health),
+		u.checkService(), checkTags(u.Tag), checkFilter(u.Filter), checkHealth(u.Health),
 		u.Weights.check(), checkConsistency(u.Consistency),
 	)
 }
 
 var errNoService = errors.New("the name of a service is missing: write dynamic consul <service>")
-
-func checkService(name string) error {
-	if strings.ContainsAny(name, "{}") {
-		return fmt.Errorf("service name %q: placeholders are not supported here", name)
-	}
-	if strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == 0x7f || strings.ContainsRune(`/\?#%`, r) }) {
-		return fmt.Errorf("service name %q has a character that no service name may have", name)
-	}
-	return nil
-}
 
 func checkTags(tags []string) error {
 	for _, tag := range tags {
@@ -320,27 +327,6 @@ func (u *Upstreams) query() discovery.Query {
 		}
 	}
 	return q
-}
-
-// instances returns the Set to serve from, or why there is none.
-func (u *Upstreams) instances(ctx context.Context) (*endpoint.Set, error) {
-	set := u.subscription.Await(ctx, time.Duration(u.StartupTimeout))
-	if set == nil {
-		if err := u.subscription.LastError(); err != nil {
-			return nil, err
-		}
-		return nil, fmt.Errorf("Consul has not answered yet about the service %q", u.Service) //nolint:staticcheck // a name
-	}
-	if limit := time.Duration(u.ServeStale); limit != 0 {
-		if failing := u.subscription.FailingFor(); failing > max(limit, 0) {
-			return nil, fmt.Errorf("the instances of service %q have been stale for %s, longer than serve_stale allows",
-				u.Service, failing.Round(time.Second))
-		}
-	}
-	if set.Len() == 0 {
-		return nil, fmt.Errorf("the service %q has no usable instance", u.Service)
-	}
-	return set, nil
 }
 
 // Interface guards

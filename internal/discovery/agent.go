@@ -4,11 +4,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -18,6 +20,14 @@ const (
 	// answerSlack is what a query may take beyond the time that Consul was
 	// asked to hold it: connecting, and reading a large answer.
 	answerSlack = 15 * time.Second
+
+	// maxBlocked bounds the queries held open at an agent that speaks HTTP/1.1,
+	// each of which holds a connection. The agent allows 200 connections to all
+	// that runs at one address (limits.http_max_conns_per_client).
+	maxBlocked = 64
+
+	// maxSweeping bounds the short queries that are under way at once instead.
+	maxSweeping = 4
 
 	// credentialsPoll is how often the files with a token, keys and
 	// certificates are looked at. Polling follows renames and swapped symbolic
@@ -30,8 +40,13 @@ const (
 type agent struct {
 	config *api.Config // as configured: the names of files, not what is in them
 
+	multiplexes atomic.Bool  // one connection carries many queries
+	blocked     atomic.Int64 // queries held open, if it doesn't
+	sweeping    chan struct{}
+
 	mu     sync.Mutex
 	client *client
+	tides  map[tideKey]*tide
 
 	seen [sha256.Size]byte // digest of the credential files that client was made of
 	stop context.CancelFunc
@@ -53,7 +68,13 @@ func CheckConnection(config *api.Config) error {
 // newAgent returns a connection to the agent of config. It does not connect
 // before the first query.
 func newAgent(config *api.Config) (*agent, error) {
-	a := &agent{config: config, seen: digest(config), done: make(chan struct{})}
+	a := &agent{
+		config:   config,
+		sweeping: make(chan struct{}, maxSweeping),
+		tides:    make(map[tideKey]*tide),
+		seen:     digest(config),
+		done:     make(chan struct{}),
+	}
 	var err error
 	if a.client, err = newClient(config); err != nil {
 		return nil, err
@@ -70,6 +91,9 @@ func newAgent(config *api.Config) (*agent, error) {
 
 // Destruct ends the agent. The pool calls it when no watcher is left.
 func (a *agent) Destruct() error {
+	for _, t := range a.tides { // no watcher is left to start one
+		t.end()
+	}
 	a.stop()
 	<-a.done
 	a.current().close(context.Canceled)
@@ -111,13 +135,14 @@ func (a *agent) followCredentials(ctx context.Context) {
 	}
 }
 
-// health asks for the service of q. With an index it blocks until Consul has
-// something newer or the wait is over.
-func (a *agent) health(ctx context.Context, q *Query, index uint64) (*answer, error) {
-	path, params := q.path()
+// ask sends a query. With an index it blocks until Consul has something newer
+// or the wait is over.
+func (a *agent) ask(ctx context.Context, q question, index uint64) (*answer, error) {
 	limit := answerSlack
+	params := q.params
 	if index > 0 {
-		wait := q.Wait - rand.N(q.Wait/10+1) //nolint:gosec // keeps a fleet from asking in step
+		wait := jittered(q.wait)
+		params = maps.Clone(params)
 		params.Set("index", strconv.FormatUint(index, 10))
 		params.Set("wait", strconv.FormatInt(wait.Milliseconds(), 10)+"ms")
 		limit += wait * 17 / 16 // Consul may add a sixteenth
@@ -125,7 +150,43 @@ func (a *agent) health(ctx context.Context, q *Query, index uint64) (*answer, er
 	ctx, cancel := context.WithTimeoutCause(ctx, limit,
 		fmt.Errorf("no answer within %s", limit.Round(time.Second)))
 	defer cancel()
-	return a.current().get(ctx, path, params)
+	answer, err := a.current().get(ctx, q.path, params)
+	if err == nil && answer.shared {
+		a.multiplexes.Store(true)
+	}
+	return answer, err
+}
+
+// jittered shortens a wait by up to a tenth, so that a fleet that asked in step
+// doesn't go on so.
+func jittered(wait time.Duration) time.Duration {
+	return wait - rand.N(wait/10+1) //nolint:gosec // spreads load, keeps no secret
+}
+
+// block takes one of the places for queries that are held open, if one is free.
+// Give it back with unblock.
+func (a *agent) block() bool {
+	if a.blocked.Add(1) <= maxBlocked {
+		return true
+	}
+	a.blocked.Add(-1)
+	return false
+}
+
+// unblock gives a place back.
+func (a *agent) unblock() { a.blocked.Add(-1) }
+
+// tide returns the tide of a datacenter, which it starts if need be.
+func (a *agent) tide(datacenter string, consistency Consistency, wait time.Duration) *tide {
+	key := tideKey{datacenter, consistency}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	t := a.tides[key]
+	if t == nil {
+		t = newTide(a, key, wait)
+		a.tides[key] = t
+	}
+	return t
 }
 
 // digest tells whether what the credential files hold has changed. A file that

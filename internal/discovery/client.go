@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -37,6 +36,7 @@ type client struct {
 	base  string // scheme, host and path prefix
 	token string
 	auth  *api.HttpBasicAuth
+	limit int64 // on the size of an answer
 
 	life context.Context // ends, with the reason, when the client is closed
 	end  context.CancelCauseFunc
@@ -91,6 +91,7 @@ func newClient(config *api.Config) (*client, error) {
 		base:  base,
 		token: token,
 		auth:  config.HttpAuth,
+		limit: answerLimit,
 	}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	return c, nil
@@ -133,12 +134,12 @@ func baseURL(config *api.Config) (base, socket string, err error) {
 	return strings.TrimSuffix(u.String()+config.PathPrefix, "/"), "", nil
 }
 
-// answer is what Consul said about a service.
+// answer is what Consul said.
 type answer struct {
-	instances []instance
-	index     uint64
-	filtered  bool          // Consul left out what the token may not see
-	cost      time.Duration // of decoding it
+	body     []byte
+	index    uint64
+	filtered bool // Consul left out what the token may not see
+	shared   bool // it came over a connection that carries many queries at once
 }
 
 // get sends a query and reads the answer to it. An error names what was asked,
@@ -188,20 +189,15 @@ func (c *client) exchange(ctx context.Context, path string, params url.Values) (
 		return nil, fmt.Errorf("the answer has no valid X-Consul-Index header (%q): is it a Consul agent?",
 			resp.Header.Get("X-Consul-Index"))
 	}
-	body, err := readBody(resp)
-	if err != nil {
-		return nil, err
-	}
-	start := time.Now()
-	instances, err := decode(body)
+	body, err := readBody(resp, c.limit)
 	if err != nil {
 		return nil, err
 	}
 	return &answer{
-		instances: instances,
-		index:     index,
-		filtered:  resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
-		cost:      time.Since(start),
+		body:     body,
+		index:    index,
+		filtered: resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
+		shared:   resp.ProtoMajor >= 2,
 	}, nil
 }
 
@@ -214,37 +210,19 @@ func (c *client) withoutSecrets(text string) string {
 	return strings.ReplaceAll(text, c.token, "(token)")
 }
 
-func readBody(resp *http.Response) ([]byte, error) {
+func readBody(resp *http.Response, limit int64) ([]byte, error) {
 	var body bytes.Buffer
-	if resp.ContentLength > 0 && resp.ContentLength <= answerLimit {
+	if resp.ContentLength > 0 && resp.ContentLength <= limit {
 		body.Grow(int(resp.ContentLength) + bytes.MinRead)
 	}
-	n, err := body.ReadFrom(io.LimitReader(resp.Body, answerLimit+1))
+	n, err := body.ReadFrom(io.LimitReader(resp.Body, limit+1))
 	if err != nil {
 		return nil, fmt.Errorf("reading the answer after %d bytes: %w", n, err)
 	}
-	if n > answerLimit {
-		return nil, fmt.Errorf("the answer is larger than %d MiB", answerLimit>>20)
+	if n > limit {
+		return nil, fmt.Errorf("the answer is larger than %d bytes", limit)
 	}
 	return body.Bytes(), nil
-}
-
-// decode reads Consul's answer about a service. What isn't one is an error: it
-// must not pass for a service without instances.
-func decode(body []byte) ([]instance, error) {
-	var instances []instance
-	if err := json.Unmarshal(body, &instances); err != nil {
-		return nil, fmt.Errorf("decoding the answer of %d bytes: %w", len(body), err)
-	}
-	if instances == nil {
-		return nil, errors.New("the answer is no list of instances")
-	}
-	for i := range instances {
-		if instances[i].Node == nil || instances[i].Service == nil {
-			return nil, fmt.Errorf("element %d of the answer has no node or no service: is it a Consul agent?", i)
-		}
-	}
-	return instances, nil
 }
 
 // StatusError is an answer of Consul other than 200.

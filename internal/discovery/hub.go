@@ -3,7 +3,6 @@ package discovery
 import (
 	"context"
 	"crypto/sha256"
-	"slices"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -50,45 +49,51 @@ type watcherKey struct {
 	query string
 }
 
-// Subscription is one config's hold on a watcher.
+// Subscription is a hold on a watcher.
 type Subscription struct {
 	key     watcherKey
 	watcher *watcher
-	log     *subscriberLog
+	log     *logSource
 }
 
 // Subscribe follows query on the agent of config. It does not wait for Consul:
 // an error means that config can't be used. Close ends the subscription, and
 // with the last one of the same query and config the following.
 func Subscribe(config *api.Config, query Query, logger *zap.Logger) (*Subscription, error) {
-	agentKey := keyOf(config)
-	key := watcherKey{agentKey, query.key()}
+	return subscribe(config, query, func() *zap.Logger { return logger })
+}
+
+func subscribe(config *api.Config, query Query, logger func() *zap.Logger) (*Subscription, error) {
+	key := watcherKey{keyOf(config), query.key()}
 	value, _, err := watchers.LoadOrNew(key, func() (caddy.Destructor, error) {
-		shared, _, err := agents.LoadOrNew(agentKey, func() (caddy.Destructor, error) { return newAgent(config) })
+		agent, release, err := connect(config)
 		if err != nil {
 			return nil, err
 		}
-		release := func() { _, _ = agents.Delete(agentKey) }
-		return newWatcher(query, shared.(*agent), release), nil
+		return newWatcher(query, agent, release), nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	s := &Subscription{key: key, watcher: value.(*watcher), log: &subscriberLog{logger}}
-	s.watcher.mu.Lock()
-	s.watcher.loggers = append(s.watcher.loggers, s.log)
-	s.watcher.mu.Unlock()
+	s := &Subscription{key, value.(*watcher), &logSource{logger}}
+	s.watcher.loggers.add(s.log)
 	return s, nil
+}
+
+// connect returns the connection of config, shared with all who ask for the
+// same, and what gives it back.
+func connect(config *api.Config) (*agent, func(), error) {
+	key := keyOf(config)
+	value, _, err := agents.LoadOrNew(key, func() (caddy.Destructor, error) { return newAgent(config) })
+	if err != nil {
+		return nil, nil, err
+	}
+	return value.(*agent), func() { _, _ = agents.Delete(key) }, nil
 }
 
 // Close ends the subscription. Its Sets stay readable.
 func (s *Subscription) Close() {
-	w := s.watcher
-	w.mu.Lock()
-	if i := slices.Index(w.loggers, s.log); i >= 0 {
-		w.loggers = slices.Delete(w.loggers, i, i+1)
-	}
-	w.mu.Unlock()
+	s.watcher.loggers.remove(s.log)
 	_, _ = watchers.Delete(s.key)
 }
 
@@ -102,34 +107,13 @@ func (s *Subscription) Await(ctx context.Context, timeout time.Duration) *endpoi
 	if set := s.Set(); set != nil {
 		return set
 	}
-	left := timeout - time.Since(s.watcher.started)
-	if left <= 0 {
-		return nil
-	}
-	timer := time.NewTimer(left)
-	defer timer.Stop()
-	select {
-	case <-s.watcher.first:
-	case <-timer.C:
-	case <-ctx.Done():
-	}
+	s.watcher.awaitFirst(ctx, s.watcher.first, timeout)
 	return s.Set()
 }
 
 // FailingFor returns how long Consul has given no usable answer. It is 0 while
 // Consul answers.
-func (s *Subscription) FailingFor() time.Duration {
-	f := s.watcher.failing.Load()
-	if f == nil {
-		return 0
-	}
-	return max(time.Since(f.since), 1)
-}
+func (s *Subscription) FailingFor() time.Duration { return s.watcher.failingFor() }
 
 // LastError returns why Consul gives no usable answer, or nil while it does.
-func (s *Subscription) LastError() error {
-	if f := s.watcher.failing.Load(); f != nil {
-		return f.err
-	}
-	return nil
-}
+func (s *Subscription) LastError() error { return s.watcher.lastError() }

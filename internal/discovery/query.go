@@ -73,9 +73,30 @@ func (q *Query) key() string {
 	return string(text)
 }
 
-// path is the path and the parameters that all requests of the query share.
-func (q *Query) path() (string, url.Values) {
+// question is a query as Consul's HTTP API takes it.
+type question struct {
+	path   string
+	params url.Values
+	wait   time.Duration // how long Consul is to hold it, if it blocks
+}
+
+// newQuestion starts the question for a path of the API.
+func newQuestion(path, datacenter string, consistency Consistency, wait time.Duration) question {
 	params := url.Values{}
+	if datacenter != "" {
+		params.Set("dc", datacenter)
+	}
+	switch consistency {
+	case ConsistencyStale, ConsistencyConsistent:
+		params.Set(string(consistency), "")
+	}
+	return question{path, params, wait}
+}
+
+// question is what the query asks of Consul.
+func (q *Query) question() question {
+	question := newQuestion("/v1/health/service/"+url.PathEscape(q.Service), q.Datacenter, q.Consistency, q.Wait)
+	params := question.params
 	if q.Health == HealthPassing {
 		params.Set("passing", "1")
 	}
@@ -85,17 +106,10 @@ func (q *Query) path() (string, url.Values) {
 	if q.Filter != "" {
 		params.Set("filter", q.Filter)
 	}
-	if q.Datacenter != "" {
-		params.Set("dc", q.Datacenter)
-	}
 	if q.Near != "" {
 		params.Set("near", q.Near)
 	}
-	switch q.Consistency {
-	case ConsistencyStale, ConsistencyConsistent:
-		params.Set(string(q.Consistency), "")
-	}
-	return "/v1/health/service/" + url.PathEscape(q.Service), params
+	return question
 }
 
 // excludes reports whether an instance with these tags is unwanted. Consul

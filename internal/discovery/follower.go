@@ -1,0 +1,254 @@
+package discovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// follower asks one question again and again, in one goroutine, and hands each
+// answer on. It keeps Consul's rules for blocking queries.
+//
+// It outlives the config that started it, so it keeps nothing of a config but
+// the loggers of those that hold it now.
+type follower struct {
+	agent    *agent
+	question question
+	subject  zap.Field // what is followed, for the log
+
+	// take uses an answer. An error says why it is no usable one.
+	take func(*answer) error
+
+	// disturbed, if set, is called when Consul ceases to answer, and when the
+	// credentials have changed.
+	disturbed func()
+
+	// tide, if set, stands in for blocking while the agent has no place for one
+	// more query that is held open.
+	tide func() *tide
+
+	started time.Time
+	loggers loggers
+	failing atomic.Pointer[failure]
+
+	// the goroutine's own
+	index    uint64
+	pacer    *pacer
+	backoff  backoff
+	holds    bool // a place among the queries held open
+	tideMark uint64
+
+	stop context.CancelFunc
+	done chan struct{}
+}
+
+// failure is a time in which Consul gives no usable answer.
+type failure struct {
+	since time.Time
+	err   error
+}
+
+// start begins to follow.
+func (f *follower) start() {
+	f.started = time.Now()
+	f.pacer = newPacer()
+	f.done = make(chan struct{})
+	var ctx context.Context
+	ctx, f.stop = context.WithCancel(context.Background())
+	go f.run(ctx)
+}
+
+// end stops following, and returns when the goroutine has ended.
+func (f *follower) end() {
+	f.stop()
+	<-f.done
+}
+
+func (f *follower) run(ctx context.Context) {
+	defer close(f.done)
+	for ctx.Err() == nil {
+		f.step(ctx)
+	}
+	if f.holds {
+		f.agent.unblock()
+	}
+}
+
+// step asks once and deals with the answer. A panic counts as a failure: what
+// was known stays, and the follower goes on.
+func (f *follower) step(ctx context.Context) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			f.loggers.newest().Error("recovered from a panic while following Consul; please report it",
+				f.subject, zap.Any("panic", reason), zap.ByteString("stack", debug.Stack()))
+			f.failed(ctx, fmt.Errorf("panic: %v", reason))
+		}
+	}()
+
+	f.pacer.wait(ctx)
+	answer, err := f.ask(ctx)
+	switch {
+	case ctx.Err() != nil:
+	case errors.Is(err, errOutdated):
+		f.index = 0 // what the new credentials may see is not what the old ones saw
+		f.disturb()
+	case err != nil:
+		f.failed(ctx, err)
+	default:
+		f.answered(ctx, answer)
+	}
+}
+
+// ask holds a query open, or asks without blocking when the tide has turned.
+func (f *follower) ask(ctx context.Context) (*answer, error) {
+	if f.tide != nil && !f.holds && !f.agent.multiplexes.Load() {
+		if f.holds = f.agent.block(); !f.holds {
+			return f.sweep(ctx)
+		}
+	}
+	return f.agent.ask(ctx, f.question, f.index)
+}
+
+// sweep asks as soon as something has changed in the catalogue since it asked
+// last.
+func (f *follower) sweep(ctx context.Context) (*answer, error) {
+	f.pacer.sweeps()
+	tide := f.tide()
+	if f.index > 0 && f.failing.Load() == nil {
+		tide.wait(ctx, f.tideMark, jittered(f.question.wait))
+	}
+	select {
+	case f.agent.sweeping <- struct{}{}:
+		defer func() { <-f.agent.sweeping }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	f.tideMark = tide.mark()
+	return f.agent.ask(ctx, f.question, 0)
+}
+
+// answered hands an answer on and settles what to ask next.
+func (f *follower) answered(ctx context.Context, a *answer) {
+	start := time.Now()
+	if err := f.take(a); err != nil {
+		f.failed(ctx, err)
+		return
+	}
+	f.pacer.answered(time.Since(start))
+	if failure := f.failing.Swap(nil); failure != nil {
+		f.loggers.newest().Info("Consul answers again", f.subject, zap.Duration("after", time.Since(failure.since)))
+	}
+
+	// Consul's rules for the next index: from the start if it went backwards,
+	// and never 0, which would not block.
+	switch {
+	case a.index == 0:
+		f.index = 1
+		pause(ctx, f.backoff.next())
+		return
+	case a.index < f.index:
+		f.index = 0
+	default:
+		f.index = a.index
+	}
+	f.backoff.reset()
+}
+
+// failed pauses. It is logged once, until Consul answers again.
+//
+// The next query starts from the beginning: a Consul that was restarted may
+// count from less than the old index and would be waited for in vain, and an
+// answer at once tells that the failure is over.
+func (f *follower) failed(ctx context.Context, err error) {
+	f.index = 0
+	since := time.Now()
+	if present := f.failing.Load(); present != nil {
+		since = present.since
+		f.loggers.newest().Debug("Consul still gives no usable answer", f.subject, zap.Error(err))
+	} else {
+		f.loggers.newest().Warn("Consul gives no usable answer; what was known last stays in use", f.subject, zap.Error(err))
+		f.disturb()
+	}
+	f.failing.Store(&failure{since, err})
+	pause(ctx, f.backoff.next())
+}
+
+func (f *follower) disturb() {
+	if f.disturbed != nil {
+		f.disturbed()
+	}
+}
+
+// failingFor returns how long Consul has given no usable answer, or 0 while it
+// does.
+func (f *follower) failingFor() time.Duration {
+	failure := f.failing.Load()
+	if failure == nil {
+		return 0
+	}
+	return max(time.Since(failure.since), 1)
+}
+
+// lastError returns why Consul gives no usable answer, or nil while it does.
+func (f *follower) lastError() error {
+	if failure := f.failing.Load(); failure != nil {
+		return failure.err
+	}
+	return nil
+}
+
+// awaitFirst waits until first is closed, ctx ends or the follower has been
+// asking for as long as timeout.
+func (f *follower) awaitFirst(ctx context.Context, first <-chan struct{}, timeout time.Duration) {
+	left := timeout - time.Since(f.started)
+	if left <= 0 {
+		return
+	}
+	timer := time.NewTimer(left)
+	defer timer.Stop()
+	select {
+	case <-first:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// loggers holds the loggers of the configs that use something shared. The
+// newest config's gets the lines; when it goes, that of the one before does.
+type loggers struct {
+	mu  sync.Mutex
+	all []*logSource
+}
+
+// logSource is where a config, or what stands for several, has its lines go.
+type logSource struct{ logger func() *zap.Logger }
+
+func (l *loggers) add(source *logSource) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all = append(l.all, source)
+}
+
+func (l *loggers) remove(source *logSource) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if i := slices.Index(l.all, source); i >= 0 {
+		l.all = slices.Delete(l.all, i, i+1)
+	}
+}
+
+func (l *loggers) newest() *zap.Logger {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.all) == 0 {
+		return zap.NewNop()
+	}
+	return l.all[len(l.all)-1].logger()
+}

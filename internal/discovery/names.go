@@ -1,0 +1,70 @@
+package discovery
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// names follows which services there are, so that a name that comes with a
+// request is known to be none without asking Consul.
+type names struct {
+	follower
+	present atomic.Pointer[map[string]struct{}] // in lower case, as Consul compares them
+	first   chan struct{}                       // closed with the first answer
+
+	last bodyDigest // the goroutine's own
+}
+
+func newNames(agent *agent, datacenter string, consistency Consistency, wait time.Duration) *names {
+	n := &names{first: make(chan struct{})}
+	n.follower = follower{
+		agent:    agent,
+		question: newQuestion("/v1/catalog/services", datacenter, consistency, wait),
+		subject:  zap.String("catalog", "services"),
+		take:     n.take,
+	}
+	n.start()
+	return n
+}
+
+func (n *names) take(a *answer) error {
+	digest := digestOf(a)
+	if digest == n.last {
+		return nil
+	}
+	var services map[string]json.RawMessage
+	if err := json.Unmarshal(a.body, &services); err != nil {
+		return fmt.Errorf("decoding the list of services of %d bytes: %w", len(a.body), err)
+	}
+	if services == nil {
+		return errors.New("the answer is no list of services")
+	}
+	if old := n.present.Load(); len(services) == 0 && a.filtered && old != nil && len(*old) > 0 {
+		return errRightsLost
+	}
+	present := make(map[string]struct{}, len(services))
+	for name := range services {
+		present[strings.ToLower(name)] = struct{}{}
+	}
+	if n.present.Swap(&present) == nil {
+		close(n.first)
+	}
+	n.last = digest
+	return nil
+}
+
+// has reports whether there is a service of that name, which is in lower case.
+func (n *names) has(name string) bool {
+	present := n.present.Load()
+	if present == nil {
+		return false
+	}
+	_, ok := (*present)[name]
+	return ok
+}
