@@ -13,6 +13,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -136,10 +137,23 @@ func baseURL(config *api.Config) (base, socket string, err error) {
 
 // answer is what Consul said.
 type answer struct {
-	body     []byte
+	body     []byte // until release
 	index    uint64
 	filtered bool // Consul left out what the token may not see
 	shared   bool // it came over a connection that carries many queries at once
+
+	buffer *bytes.Buffer
+}
+
+// buffers holds the memory of answers, which may be megabytes each.
+var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+// release gives the memory of the answer back.
+func (a *answer) release() {
+	if a.buffer != nil {
+		buffers.Put(a.buffer)
+	}
+	a.body, a.buffer = nil, nil
 }
 
 // get sends a query and reads the answer to it. An error names what was asked,
@@ -189,12 +203,13 @@ func (c *client) exchange(ctx context.Context, path string, params url.Values) (
 		return nil, fmt.Errorf("the answer has no valid X-Consul-Index header (%q): is it a Consul agent?",
 			resp.Header.Get("X-Consul-Index"))
 	}
-	body, err := readBody(resp, c.limit)
+	buffer, err := readBody(resp, c.limit)
 	if err != nil {
 		return nil, err
 	}
 	return &answer{
-		body:     body,
+		body:     buffer.Bytes(),
+		buffer:   buffer,
 		index:    index,
 		filtered: resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
 		shared:   resp.ProtoMajor >= 2,
@@ -210,19 +225,18 @@ func (c *client) withoutSecrets(text string) string {
 	return strings.ReplaceAll(text, c.token, "(token)")
 }
 
-func readBody(resp *http.Response, limit int64) ([]byte, error) {
-	var body bytes.Buffer
-	if resp.ContentLength > 0 && resp.ContentLength <= limit {
-		body.Grow(int(resp.ContentLength) + bytes.MinRead)
-	}
+func readBody(resp *http.Response, limit int64) (*bytes.Buffer, error) {
+	body := buffers.Get().(*bytes.Buffer)
+	body.Reset()
 	n, err := body.ReadFrom(io.LimitReader(resp.Body, limit+1))
+	if err == nil && n <= limit {
+		return body, nil
+	}
+	buffers.Put(body)
 	if err != nil {
 		return nil, fmt.Errorf("reading the answer after %d bytes: %w", n, err)
 	}
-	if n > limit {
-		return nil, fmt.Errorf("the answer is larger than %d bytes", limit)
-	}
-	return body.Bytes(), nil
+	return nil, fmt.Errorf("the answer is larger than %d bytes", limit)
 }
 
 // StatusError is an answer of Consul other than 200.

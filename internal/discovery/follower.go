@@ -23,7 +23,8 @@ type follower struct {
 	question question
 	subject  zap.Field // what is followed, for the log
 
-	// take uses an answer. An error says why it is no usable one.
+	// take uses an answer, of which it must not keep the body. An error says why
+	// it is no usable one.
 	take func(*answer) error
 
 	// disturbed, if set, is called when Consul ceases to answer, and when the
@@ -136,6 +137,7 @@ func (f *follower) sweep(ctx context.Context) (*answer, error) {
 
 // answered hands an answer on and settles what to ask next.
 func (f *follower) answered(ctx context.Context, a *answer) {
+	defer a.release()
 	start := time.Now()
 	if err := f.take(a); err != nil {
 		f.failed(ctx, err)

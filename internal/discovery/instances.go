@@ -87,41 +87,42 @@ func (w Weighting) weight(in *instance, status endpoint.Status) int {
 	}
 }
 
-// endpoints turns Consul's answer into the endpoints that the query asks for,
-// in a stable order. Instances that can't be dialled are left out and come back
-// as errors.
-func (q *Query) endpoints(instances []instance) ([]endpoint.Endpoint, []error) {
-	endpoints := make([]endpoint.Endpoint, 0, len(instances))
-	var refused []error
-	for i := range instances {
-		in := &instances[i]
-		status := in.status()
-		if !q.Health.isMetBy(status) || q.excludes(in.Service.Tags) {
-			continue
-		}
-		dial, err := in.dialAddress()
-		if err != nil {
-			refused = append(refused, fmt.Errorf("instance %q on node %q: %w", in.Service.ID, in.Node.Node, err))
-			continue
-		}
-		endpoints = append(endpoints, endpoint.Endpoint{
-			Dial:       dial,
-			Weight:     q.Weighting.weight(in, status),
-			Status:     status,
-			Service:    in.Service.Service,
-			ID:         in.Service.ID,
-			Node:       in.Node.Node,
-			Datacenter: in.Node.Datacenter,
-			Tags:       in.Service.Tags,
-			Meta:       in.Service.Meta,
-		})
+// endpoint turns an instance into the endpoint to be dialled. It is not wanted
+// if the query does not ask for it; an error says why it can't be dialled.
+func (q *Query) endpoint(in *instance) (e endpoint.Endpoint, wanted bool, err error) {
+	status := in.status()
+	if !q.Health.isMetBy(status) || q.excludes(in.Service.Tags) {
+		return e, false, nil
 	}
-	if q.Near == "" { // else Consul's order says which instance is nearest
-		slices.SortStableFunc(endpoints, func(a, b endpoint.Endpoint) int {
-			return cmp.Or(strings.Compare(a.Node, b.Node), strings.Compare(a.ID, b.ID))
-		})
+	dial, err := in.dialAddress()
+	if err != nil {
+		return e, true, fmt.Errorf("instance %q on node %q: %w", in.Service.ID, in.Node.Node, err)
 	}
-	return endpoints, refused
+	return endpoint.Endpoint{
+		Dial:       dial,
+		Weight:     q.Weighting.weight(in, status),
+		Status:     status,
+		Service:    in.Service.Service,
+		ID:         in.Service.ID,
+		Node:       in.Node.Node,
+		Datacenter: in.Node.Datacenter,
+		Tags:       in.Service.Tags,
+		Meta:       in.Service.Meta,
+	}, true, nil
+}
+
+// sort puts endpoints into a stable order: an instance that doesn't change keeps
+// its place. With near, Consul's order stays, for it says which is nearest.
+func (q *Query) sort(endpoints []endpoint.Endpoint) {
+	if q.Near != "" {
+		return
+	}
+	order := func(a, b endpoint.Endpoint) int {
+		return cmp.Or(strings.Compare(a.Node, b.Node), strings.Compare(a.ID, b.ID))
+	}
+	if !slices.IsSortedFunc(endpoints, order) {
+		slices.SortStableFunc(endpoints, order)
+	}
 }
 
 // dialAddress is the Caddy network address of the instance: the service's own

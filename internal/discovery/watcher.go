@@ -24,6 +24,7 @@ type watcher struct {
 	endpoints []endpoint.Endpoint // of the present Set
 	refused   int
 	last      bodyDigest
+	reader    reader
 }
 
 func newWatcher(query Query, agent *agent, release func()) *watcher {
@@ -32,6 +33,7 @@ func newWatcher(query Query, agent *agent, release func()) *watcher {
 		origin:  &endpoint.Origin{Name: query.Service},
 		release: release,
 		first:   make(chan struct{}),
+		reader:  reader{query: &query},
 	}
 	w.follower = follower{
 		agent:    agent,
@@ -62,14 +64,14 @@ func (w *watcher) take(a *answer) error {
 	if digest == w.last {
 		return nil
 	}
-	instances, err := decode(a.body)
+	instances, err := w.reader.read(a.body)
 	if err != nil {
 		return err
 	}
-	if len(instances) == 0 && a.filtered && len(w.endpoints) > 0 {
+	endpoints, refused := instances.endpoints, instances.refused
+	if instances.count == 0 && a.filtered && len(w.endpoints) > 0 {
 		return errRightsLost
 	}
-	endpoints, refused := w.query.endpoints(instances)
 	w.publish(endpoints)
 	w.reportRefused(refused)
 	w.last = digest
