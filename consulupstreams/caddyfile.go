@@ -25,6 +25,7 @@ import (
 //	    consistency     default|stale|consistent
 //	    startup_timeout <duration>
 //	    serve_stale     forever|never|<duration>
+//	    keep_last_on_empty <duration>
 //
 //	    address    <address>
 //	    token      <token>
@@ -59,7 +60,11 @@ func (u *Upstreams) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 	}
 	for d.NextBlock(0) {
-		if d.Val() != "tag" && d.Val() != "allow" { // of which there may be several
+		switch d.Val() {
+		case "tag": // of which there may be several, as of allow
+		case "allow":
+			once["allow"] = *d
+		default:
 			if err := once.take(d); err != nil {
 				return err
 			}
@@ -71,8 +76,16 @@ func (u *Upstreams) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if u.Service == "" {
 		return start.Err(errNoService.Error())
 	}
-	at, resolved := once["service"], *u
+	resolved := *u
 	resolved.Service = caddy.NewReplacer().ReplaceKnown(u.Service, "") // as when it is provisioned
+	at := once["service"]
+	if !hasPlaceholder(resolved.Service) {
+		for _, needless := range []string{"max_services", "allow_regexp", "allow"} {
+			if option, given := once[needless]; given {
+				at = option
+			}
+		}
+	}
 	return locate(&at, resolved.checkService())
 }
 
@@ -150,6 +163,9 @@ func (u *Upstreams) unmarshalOption(d *caddyfile.Dispenser) error {
 	case "serve_stale":
 		return u.unmarshalServeStale(d)
 
+	case "keep_last_on_empty":
+		return positiveDuration(d, &u.KeepLastOnEmpty)
+
 	case "refresh":
 		return positiveDuration(d, &u.Refresh)
 
@@ -177,7 +193,7 @@ func (w *Weights) unmarshal(d *caddyfile.Dispenser) error {
 		if len(args) > 2 {
 			weight, err := strconv.Atoi(args[2])
 			if err != nil || weight < 0 || weight > discovery.MaxWeight {
-				return d.Errf("default weight '%s': want a number from 0 to %d", args[2], discovery.MaxWeight)
+				return d.Errf("weights: default '%s': want a number from 0 to %d", args[2], discovery.MaxWeight)
 			}
 			w.Default = &weight
 		}

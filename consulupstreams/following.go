@@ -30,6 +30,7 @@ type following interface {
 	// of returns nil if Consul is known to have no such service, or has not
 	// said so in time.
 	of(r *http.Request) (*discovery.Subscription, error)
+	KeepIn(store discovery.Store)
 	Close()
 }
 

@@ -116,6 +116,12 @@ type Upstreams struct {
 	// reached. Negative: not at all. Default: for ever.
 	ServeStale caddy.Duration `json:"serve_stale,omitempty"`
 
+	// For how long an answer without a usable instance is not believed, if there
+	// were some before; meanwhile those are served. It protects from a catalogue
+	// that is wiped by mistake, at the price of errors when a service really
+	// goes. Default: an empty answer is believed at once.
+	KeepLastOnEmpty caddy.Duration `json:"keep_last_on_empty,omitempty"`
+
 	// Accepted for those who come from other plugins, without effect: changes
 	// are followed as they happen.
 	Refresh caddy.Duration `json:"refresh,omitempty"`
@@ -188,6 +194,8 @@ func (u *Upstreams) Provision(ctx caddy.Context) error {
 	if u.follow, err = u.startFollowing(config, ctx.Logger()); err != nil {
 		return err
 	}
+	u.follow.KeepIn(ctx.Storage())
+	showMetrics(ctx.GetMetricsRegistry())
 	u.join(ctx)
 	return nil
 }
@@ -229,6 +237,8 @@ func (u *Upstreams) check() error {
 		return errors.New("grace_period is another name of serve_stale: remove one")
 	case u.StartupTimeout < 0:
 		return errors.New("startup_timeout must not be negative")
+	case u.KeepLastOnEmpty < 0:
+		return errors.New("keep_last_on_empty must not be negative")
 	}
 	return errors.Join(
 		u.checkService(), checkTags(u.Tag), checkFilter(u.Filter), checkHealth(u.Health),
@@ -307,9 +317,14 @@ func (u *Upstreams) query() discovery.Query {
 		Near:        u.Near,
 		Consistency: discovery.Consistency(u.Consistency),
 		Wait:        wait,
+
+		KeepLastOnEmpty: time.Duration(u.KeepLastOnEmpty),
 	}
 	if q.Health == "" {
 		q.Health = discovery.HealthPassing
+	}
+	if q.Consistency == "" {
+		q.Consistency = discovery.ConsistencyDefault
 	}
 	for _, tag := range u.Tag {
 		if unwanted, isNot := strings.CutPrefix(tag, "!"); isNot {

@@ -148,7 +148,7 @@ func (a *agent) ask(ctx context.Context, q question, index uint64) (*answer, err
 		limit += wait * 17 / 16 // Consul may add a sixteenth
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, limit,
-		fmt.Errorf("no answer within %s", limit.Round(time.Second)))
+		&timeoutError{fmt.Sprintf("no answer within %s", limit.Round(time.Second))})
 	defer cancel()
 	answer, err := a.current().get(ctx, q.path, params)
 	if err == nil && answer.shared {

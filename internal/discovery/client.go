@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,9 @@ import (
 // answerLimit bounds the size of an answer. 5,000 instances with a check each
 // are 13.5 MB.
 const answerLimit = 256 << 20
+
+// reasonLimit bounds what is told of an answer other than 200.
+const reasonLimit = 300
 
 // errOutdated ends the queries of a client whose credentials were replaced.
 var errOutdated = errors.New("the credentials of the query were replaced")
@@ -59,7 +63,9 @@ func newClient(config *api.Config) (*client, error) {
 		if err != nil {
 			return nil, fmt.Errorf("reading the token for Consul at %s: %w", base, err)
 		}
-		token = strings.TrimSpace(string(content))
+		if token = strings.TrimSpace(string(content)); token == "" { // half written, or by mistake: Consul would take us for anonymous
+			return nil, fmt.Errorf("reading the token for Consul at %s: the file %s is empty", base, config.TokenFile)
+		}
 	}
 	dialer := &net.Dialer{
 		Timeout: 5 * time.Second,
@@ -125,14 +131,23 @@ func baseURL(config *api.Config) (base, socket string, err error) {
 	default:
 		return "", "", fmt.Errorf("address %q of Consul: scheme %q is not known: want http, https or unix", config.Address, scheme)
 	}
+	if strings.Contains(address, "@") { // not to be repeated in the log
+		return "", "", errors.New("the address of Consul has a user or password; CONSUL_HTTP_AUTH is the place for them")
+	}
 	u, err := url.Parse(scheme + "://" + address)
-	if err != nil || u.Hostname() == "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil || strings.ContainsAny(address, "{} ") {
+	if err != nil || u.Hostname() == "" || u.RawQuery != "" || u.Fragment != "" || !isPort(u.Port()) || strings.ContainsAny(address, "{} ") {
 		return "", "", fmt.Errorf("address %q of Consul: want host:port, http://host:port, https://host:port or unix:///path", config.Address)
 	}
 	if u.Port() == "" && !hasScheme {
 		u.Host = net.JoinHostPort(u.Hostname(), "8500")
 	}
 	return strings.TrimSuffix(u.String()+config.PathPrefix, "/"), "", nil
+}
+
+// isPort reports whether a URL may have that port. It may have none.
+func isPort(text string) bool {
+	port, err := strconv.ParseUint(text, 10, 16)
+	return text == "" || err == nil && port > 0
 }
 
 // answer is what Consul said.
@@ -195,13 +210,14 @@ func (c *client) exchange(ctx context.Context, path string, params url.Values) (
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		text, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
-		return nil, &StatusError{resp.StatusCode, c.withoutSecrets(strings.TrimSpace(string(text)))}
+		text, _ := io.ReadAll(io.LimitReader(resp.Body, 10*reasonLimit)) // more, lest a secret be cut in two
+		reason := c.withoutSecrets(strings.TrimSpace(string(text)))
+		return nil, &StatusError{resp.StatusCode, reason[:min(len(reason), reasonLimit)]}
 	}
 	index, err := strconv.ParseUint(resp.Header.Get("X-Consul-Index"), 10, 64)
 	if err != nil {
 		return nil, fmt.Errorf("the answer has no valid X-Consul-Index header (%q): is it a Consul agent?",
-			resp.Header.Get("X-Consul-Index"))
+			c.withoutSecrets(resp.Header.Get("X-Consul-Index")))
 	}
 	buffer, err := readBody(resp, c.limit)
 	if err != nil {
@@ -216,13 +232,20 @@ func (c *client) exchange(ctx context.Context, path string, params url.Values) (
 	}, nil
 }
 
-// withoutSecrets keeps a proxy between us and Consul from echoing the token
+// withoutSecrets keeps a proxy between us and Consul from echoing what it got
 // into our log.
 func (c *client) withoutSecrets(text string) string {
-	if c.token == "" {
-		return text
+	secrets := []string{c.token}
+	if c.auth != nil {
+		secrets = append(secrets, c.auth.Password,
+			base64.StdEncoding.EncodeToString([]byte(c.auth.Username+":"+c.auth.Password)))
 	}
-	return strings.ReplaceAll(text, c.token, "(token)")
+	for _, secret := range secrets {
+		if secret != "" {
+			text = strings.ReplaceAll(text, secret, "(secret)")
+		}
+	}
+	return text
 }
 
 func readBody(resp *http.Response, limit int64) (*bytes.Buffer, error) {
@@ -236,7 +259,7 @@ func readBody(resp *http.Response, limit int64) (*bytes.Buffer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the answer after %d bytes: %w", n, err)
 	}
-	return nil, fmt.Errorf("the answer is larger than %d bytes", limit)
+	return nil, &answerError{fmt.Errorf("the answer is larger than %d bytes", limit)}
 }
 
 // StatusError is an answer of Consul other than 200.

@@ -62,7 +62,7 @@ func (r *reader) read(body []byte) (*instances, error) {
 		return nil
 	})
 	if err != nil {
-		return nil, err
+		return nil, &answerError{err}
 	}
 	r.known = seen
 	r.query.sort(read.endpoints)
@@ -88,7 +88,7 @@ var errNoList = errors.New("the answer is no list of instances")
 // It checks what stands between the objects; whether they are valid is for yield
 // to find out, which must see each one.
 func forEachElement(text []byte, yield func([]byte) error) error {
-	text = bytes.TrimSpace(text)
+	text = bytes.Trim(text, " \t\r\n")
 	if len(text) < 2 || text[0] != '[' || text[len(text)-1] != ']' {
 		return errNoList
 	}

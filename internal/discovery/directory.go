@@ -48,6 +48,7 @@ type directory struct {
 	names   *names
 	release func()
 	loggers loggers
+	store   atomic.Pointer[Store] // of the newest config that has one
 
 	services sync.Map // name → *service
 
@@ -89,6 +90,9 @@ func OpenDirectory(config *api.Config, query Query, limit int, logger *zap.Logge
 	d.directory.loggers.add(d.log)
 	return d, nil
 }
+
+// KeepIn has the Sets of services that are asked for from now on kept in store.
+func (d *Directory) KeepIn(store Store) { d.directory.store.Store(&store) }
 
 // Close gives the directory back.
 func (d *Directory) Close() {
@@ -144,6 +148,9 @@ func (d *directory) add(name string) (*Subscription, error) {
 	subscription, err := subscribe(d.config, query, d.loggers.newest)
 	if err != nil {
 		return nil, err
+	}
+	if store := d.store.Load(); store != nil {
+		subscription.KeepIn(*store)
 	}
 	if d.count >= d.limit {
 		d.endLeastUsed()

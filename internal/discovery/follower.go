@@ -3,7 +3,6 @@ package discovery
 import (
 	"context"
 	"errors"
-	"fmt"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -27,7 +26,7 @@ type follower struct {
 	// it is no usable one.
 	take func(*answer) error
 
-	// disturbed, if set, is called when Consul ceases to answer, and when the
+	// disturbed, if set, is called when Consul fails to answer, and when the
 	// credentials have changed.
 	disturbed func()
 
@@ -38,6 +37,11 @@ type follower struct {
 	started time.Time
 	loggers loggers
 	failing atomic.Pointer[failure]
+	answers atomic.Uint64
+	heard   atomic.Int64 // when Consul answered last, in Unix nanoseconds
+	errors  errorCounts
+	blocks  atomic.Bool   // a query is held open
+	reached atomic.Uint64 // the index of the last answer
 
 	// the goroutine's own
 	index    uint64
@@ -89,7 +93,7 @@ func (f *follower) step(ctx context.Context) {
 		if reason := recover(); reason != nil {
 			f.loggers.newest().Error("recovered from a panic while following Consul; please report it",
 				f.subject, zap.Any("panic", reason), zap.ByteString("stack", debug.Stack()))
-			f.failed(ctx, fmt.Errorf("panic: %v", reason))
+			f.failed(ctx, &panicError{reason})
 		}
 	}()
 
@@ -114,6 +118,7 @@ func (f *follower) ask(ctx context.Context) (*answer, error) {
 			return f.sweep(ctx)
 		}
 	}
+	f.blocks.Store(true)
 	return f.agent.ask(ctx, f.question, f.index)
 }
 
@@ -121,6 +126,7 @@ func (f *follower) ask(ctx context.Context) (*answer, error) {
 // last.
 func (f *follower) sweep(ctx context.Context) (*answer, error) {
 	f.pacer.sweeps()
+	f.blocks.Store(false)
 	tide := f.tide()
 	if f.index > 0 && f.failing.Load() == nil {
 		tide.wait(ctx, f.tideMark, jittered(f.question.wait))
@@ -144,6 +150,9 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 		return
 	}
 	f.pacer.answered(time.Since(start))
+	f.answers.Add(1)
+	f.heard.Store(time.Now().UnixNano())
+	f.reached.Store(a.index)
 	if failure := f.failing.Swap(nil); failure != nil {
 		f.loggers.newest().Info("Consul answers again", f.subject, zap.Duration("after", time.Since(failure.since)))
 	}
@@ -152,6 +161,7 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 	// and never 0, which would not block.
 	switch {
 	case a.index == 0:
+		f.errors.count(kindIndex)
 		f.index = 1
 		pause(ctx, f.backoff.next())
 		return
@@ -170,15 +180,16 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 // answer at once tells that the failure is over.
 func (f *follower) failed(ctx context.Context, err error) {
 	f.index = 0
+	f.errors.count(kindOf(err))
 	since := time.Now()
 	if present := f.failing.Load(); present != nil {
 		since = present.since
 		f.loggers.newest().Debug("Consul still gives no usable answer", f.subject, zap.Error(err))
 	} else {
 		f.loggers.newest().Warn("Consul gives no usable answer; what was known last stays in use", f.subject, zap.Error(err))
-		f.disturb()
 	}
 	f.failing.Store(&failure{since, err})
+	f.disturb()
 	pause(ctx, f.backoff.next())
 }
 

@@ -54,6 +54,7 @@ type Subscription struct {
 	key     watcherKey
 	watcher *watcher
 	log     *logSource
+	store   Store
 }
 
 // Subscribe follows query on the agent of config. It does not wait for Consul:
@@ -75,7 +76,7 @@ func subscribe(config *api.Config, query Query, logger func() *zap.Logger) (*Sub
 	if err != nil {
 		return nil, err
 	}
-	s := &Subscription{key, value.(*watcher), &logSource{logger}}
+	s := &Subscription{key: key, watcher: value.(*watcher), log: &logSource{logger}}
 	s.watcher.loggers.add(s.log)
 	return s, nil
 }
@@ -91,10 +92,20 @@ func connect(config *api.Config) (*agent, func(), error) {
 	return value.(*agent), func() { _, _ = agents.Delete(key) }, nil
 }
 
+// KeepIn has the Set kept in store, so that a process that starts while Consul
+// can't be reached has one to start with.
+func (s *Subscription) KeepIn(store Store) {
+	s.store = store
+	s.watcher.keeper.use(store)
+}
+
 // Close ends the subscription. Its Sets stay readable.
 func (s *Subscription) Close() {
-	s.watcher.loggers.remove(s.log)
 	_, _ = watchers.Delete(s.key)
+	s.watcher.loggers.remove(s.log)
+	if s.store != nil {
+		s.watcher.keeper.leave(s.store)
+	}
 }
 
 // Set returns the newest Set, or nil before the first answer.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -132,22 +133,42 @@ func (q *Query) sort(endpoints []endpoint.Endpoint) {
 // port ranges in it, so what isn't plainly a host and a port is refused.
 func (in *instance) dialAddress() (string, error) {
 	if path := in.Service.SocketPath; path != "" {
-		if !strings.HasPrefix(path, "/") || strings.ContainsFunc(path, isUnsafeInPath) {
-			return "", fmt.Errorf("socket path %q can't be dialled: want an absolute path without spaces, braces or bars", path)
-		}
-		return "unix/" + path, nil
+		dial := "unix/" + path
+		return dial, checkDial(dial)
 	}
 	host := in.Service.Address
 	if host == "" {
 		host = in.Node.Address
 	}
-	if host == "" || strings.ContainsFunc(host, isUnsafeInHost) {
-		return "", fmt.Errorf("address %q can't be dialled: want an IP address or a host name", host)
+	dial := net.JoinHostPort(host, strconv.Itoa(in.Service.Port))
+	return dial, checkDial(dial)
+}
+
+// checkDial refuses what Caddy would not dial as it stands.
+func checkDial(dial string) error {
+	if path, isUnix := strings.CutPrefix(dial, "unix/"); isUnix {
+		if !strings.HasPrefix(path, "/") || strings.ContainsFunc(path, isUnsafeInPath) {
+			return fmt.Errorf("socket path %q can't be dialled: want an absolute path without spaces, braces or bars", path)
+		}
+		return nil
 	}
-	if port := in.Service.Port; port < 1 || port > 65535 {
-		return "", fmt.Errorf("port %d can't be dialled: want 1 to 65535", port)
+	host, port, err := net.SplitHostPort(dial)
+	if err != nil || host == "" || strings.ContainsFunc(host, isUnsafeInHost) {
+		return fmt.Errorf("address %q can't be dialled: want an IP address or a host name", host)
 	}
-	return net.JoinHostPort(host, strconv.Itoa(in.Service.Port)), nil
+	if number, err := strconv.Atoi(port); err != nil || number < 1 || number > 65535 {
+		return fmt.Errorf("port %s can't be dialled: want 1 to 65535", port)
+	}
+	return nil
+}
+
+// isHost reports whether text is an IP address or could be a host name.
+func isHost(text string) bool {
+	if strings.ContainsAny(text, ":%") { // an IPv6 address, or a mistake such as host:port
+		_, err := netip.ParseAddr(text)
+		return err == nil && !strings.ContainsFunc(text, isUnsafeInHost)
+	}
+	return text != "" && !strings.ContainsFunc(text, isUnsafeInHost)
 }
 
 func isUnsafeInHost(r rune) bool {

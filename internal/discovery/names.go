@@ -40,10 +40,10 @@ func (n *names) take(a *answer) error {
 	}
 	var services map[string]json.RawMessage
 	if err := json.Unmarshal(a.body, &services); err != nil {
-		return fmt.Errorf("decoding the list of services of %d bytes: %w", len(a.body), err)
+		return &answerError{fmt.Errorf("decoding the list of services of %d bytes: %w", len(a.body), err)}
 	}
 	if services == nil {
-		return errors.New("the answer is no list of services")
+		return &answerError{errors.New("the answer is no list of services")}
 	}
 	if old := n.present.Load(); len(services) == 0 && a.filtered && old != nil && len(*old) > 0 {
 		return errRightsLost

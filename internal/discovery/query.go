@@ -60,6 +60,10 @@ type Query struct {
 	Near        string
 	Consistency Consistency
 
+	// KeepLastOnEmpty is for how long an answer without a usable instance is not
+	// believed, if there were some before.
+	KeepLastOnEmpty time.Duration
+
 	// Wait is how long Consul is to hold a blocking query. At most 10 minutes.
 	Wait time.Duration
 }
@@ -71,6 +75,37 @@ func (q *Query) key() string {
 		panic(err) // strings and numbers can always be marshalled
 	}
 	return string(text)
+}
+
+// details says in a few words what the query asks for beyond the service.
+func (q *Query) details() string {
+	var parts []string
+	add := func(name, value string) {
+		if value != "" {
+			parts = append(parts, name+"="+value)
+		}
+	}
+	add("datacenter", q.Datacenter)
+	add("tag", strings.Join(q.Tags, ","))
+	add("not_tag", strings.Join(q.NotTags, ","))
+	add("filter", q.Filter)
+	if q.Health != "" && q.Health != HealthPassing {
+		add("health", string(q.Health))
+	}
+	switch {
+	case q.Weighting.Equal:
+		add("weights", "equal")
+	case q.Weighting.MetaKey != "":
+		add("weights", "meta "+q.Weighting.MetaKey)
+	}
+	add("near", q.Near)
+	if q.Consistency != "" && q.Consistency != ConsistencyDefault {
+		add("consistency", string(q.Consistency))
+	}
+	if q.KeepLastOnEmpty > 0 {
+		add("keep_last_on_empty", q.KeepLastOnEmpty.String())
+	}
+	return strings.Join(parts, " ")
 }
 
 // question is a query as Consul's HTTP API takes it.

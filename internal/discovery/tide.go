@@ -49,7 +49,7 @@ func newTide(a *agent, key tideKey, wait time.Duration) *tide {
 				}
 				return nil
 			},
-			disturbed: t.turn, // let those who wait find out for themselves
+			disturbed: t.turn, // those who wait find out for themselves
 		}
 		t.followers[i].start()
 	}

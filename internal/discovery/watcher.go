@@ -3,7 +3,9 @@ package discovery
 import (
 	"errors"
 	"hash/maphash"
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -16,15 +18,23 @@ type watcher struct {
 	query   Query
 	origin  *endpoint.Origin
 	release func() // gives the agent back
+	keeper  keeper
 
-	set   atomic.Pointer[endpoint.Set]
-	first chan struct{} // closed with the first Set
+	set     atomic.Pointer[endpoint.Set]
+	first   chan struct{} // closed with the first Set
+	cold    atomic.Bool   // the Set is one stored by an earlier run
+	changes atomic.Uint64
+	changed atomic.Int64 // when the Set changed last, in Unix nanoseconds
+
+	undialable atomic.Int64 // instances left out because they can't be dialled
 
 	// the goroutine's own
+	last   bodyDigest
+	reader reader
+
+	mu        sync.Mutex          // held to publish
 	endpoints []endpoint.Endpoint // of the present Set
-	refused   int
-	last      bodyDigest
-	reader    reader
+	emptiness *time.Timer         // runs while an empty answer is distrusted
 }
 
 func newWatcher(query Query, agent *agent, release func()) *watcher {
@@ -35,12 +45,14 @@ func newWatcher(query Query, agent *agent, release func()) *watcher {
 		first:   make(chan struct{}),
 		reader:  reader{query: &query},
 	}
+	w.keeper.watcher = w
 	w.follower = follower{
-		agent:    agent,
-		question: query.question(),
-		subject:  zap.String("service", query.Service),
-		take:     w.take,
-		tide:     func() *tide { return agent.tide(query.Datacenter, query.Consistency, query.Wait) },
+		agent:     agent,
+		question:  query.question(),
+		subject:   zap.String("service", query.Service),
+		take:      w.take,
+		tide:      func() *tide { return agent.tide(query.Datacenter, query.Consistency, query.Wait) },
+		disturbed: w.keeper.serveStored,
 	}
 	w.start()
 	return w
@@ -50,6 +62,12 @@ func newWatcher(query Query, agent *agent, release func()) *watcher {
 // closed.
 func (w *watcher) Destruct() error {
 	w.end()
+	w.mu.Lock()
+	if w.emptiness != nil {
+		w.emptiness.Stop()
+	}
+	w.mu.Unlock()
+	w.keeper.end()
 	w.release()
 	return nil
 }
@@ -68,24 +86,61 @@ func (w *watcher) take(a *answer) error {
 	if err != nil {
 		return err
 	}
-	endpoints, refused := instances.endpoints, instances.refused
-	if instances.count == 0 && a.filtered && len(w.endpoints) > 0 {
+	if instances.count == 0 && a.filtered && w.hasEndpoints() {
 		return errRightsLost
 	}
-	w.publish(endpoints)
-	w.reportRefused(refused)
+	w.publish(instances.endpoints)
+	w.reportRefused(instances.refused)
 	w.last = digest
 	return nil
 }
 
-// publish makes a Set of the endpoints, unless the present one says the same.
+func (w *watcher) hasEndpoints() bool {
+	set := w.set.Load()
+	return set != nil && set.Len() > 0
+}
+
+// publish makes a Set of the endpoints that Consul reports, unless the present
+// one says the same, or emptiness is not to be believed yet.
 func (w *watcher) publish(endpoints []endpoint.Endpoint) {
-	old := w.set.Load()
-	if old != nil && sameEndpoints(w.endpoints, endpoints) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.cold.Store(false)
+	if len(endpoints) == 0 && w.query.KeepLastOnEmpty > 0 && w.hasEndpoints() {
+		if w.emptiness == nil {
+			w.loggers.newest().Warn("Consul reports no usable instance any more; serving the ones known last for a while",
+				w.subject, zap.Duration("keep_last_on_empty", w.query.KeepLastOnEmpty))
+			w.emptiness = time.AfterFunc(w.query.KeepLastOnEmpty, w.believeEmptiness)
+		}
 		return
 	}
+	if w.emptiness != nil {
+		w.emptiness.Stop()
+		w.emptiness = nil
+	}
+	if w.set.Load() == nil || !sameEndpoints(w.endpoints, endpoints) {
+		w.replace(endpoints)
+		w.keeper.changed()
+	}
+}
+
+// believeEmptiness publishes an empty answer that has not been taken back.
+func (w *watcher) believeEmptiness() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.emptiness != nil {
+		w.emptiness = nil
+		w.replace(nil)
+	}
+}
+
+// replace makes the endpoints the present Set. The caller holds mu.
+func (w *watcher) replace(endpoints []endpoint.Endpoint) {
+	old := w.set.Load()
 	w.endpoints = endpoints
 	w.set.Store(endpoint.NewSet(w.origin, endpoints))
+	w.changes.Add(1)
+	w.changed.Store(time.Now().UnixNano())
 	if old == nil {
 		close(w.first)
 	}
@@ -101,10 +156,9 @@ func (w *watcher) publish(endpoints []endpoint.Endpoint) {
 // reportRefused logs instances that can't be dialled, when their number
 // changes.
 func (w *watcher) reportRefused(refused []error) {
-	if len(refused) == w.refused {
+	if w.undialable.Swap(int64(len(refused))) == int64(len(refused)) {
 		return
 	}
-	w.refused = len(refused)
 	if len(refused) > 0 {
 		w.loggers.newest().Warn("instances left out because they can't be dialled",
 			w.subject, zap.Int("instances", len(refused)), zap.Error(refused[0]))
