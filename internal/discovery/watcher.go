@@ -148,7 +148,7 @@ func (w *watcher) replace(endpoints []endpoint.Endpoint) {
 	case len(endpoints) == 0:
 		w.loggers.newest().Warn("the service has no usable instance",
 			w.subject, zap.String("health", string(w.query.Health)))
-	case old == nil || old.Len() == 0:
+	case (old == nil || old.Len() == 0) && !w.cold.Load():
 		w.loggers.newest().Info("following the service", w.subject, zap.Int("instances", len(endpoints)))
 	}
 }
