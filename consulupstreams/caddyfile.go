@@ -12,19 +12,19 @@ import (
 // UnmarshalCaddyfile sets up the source from Caddyfile tokens. Syntax:
 //
 //	dynamic consul [<service>] {
-//	    service         <service>
-//	    allow           <name or pattern> ...
-//	    allow_regexp    <expression>
-//	    max_services    <number>
-//	    tag             [!]<tag> ...
-//	    filter          <expression>
-//	    health          passing|warning|any
-//	    weights         consul|equal
-//	    weights         meta <key> [<default>]
-//	    near            <node>
-//	    consistency     default|stale|consistent
-//	    startup_timeout <duration>
-//	    serve_stale     forever|never|<duration>
+//	    service            <service>
+//	    allow              <name or pattern> ...
+//	    allow_regexp       <expression>
+//	    max_services       <number>
+//	    tag                [!]<tag> ...
+//	    filter             <expression>
+//	    health             passing|warning|any
+//	    weights            consul|equal
+//	    weights            meta <key> [<default>]
+//	    near               <node>
+//	    consistency        default|stale|consistent
+//	    startup_timeout    <duration>
+//	    serve_stale        forever|never|<duration>
 //	    keep_last_on_empty <duration>
 //
 //	    address    <address>
@@ -170,6 +170,12 @@ func (u *Upstreams) unmarshalOption(d *caddyfile.Dispenser) error {
 		return positiveDuration(d, &u.Refresh)
 
 	case "grace_period":
+		zero := *d
+		if zero.NextArg() && (zero.Val() == "0" || zero.Val() == "0s") && !zero.NextArg() {
+			u.GracePeriod = -1 // what zero means elsewhere: not at all
+			d.NextArg()
+			return nil
+		}
 		return positiveDuration(d, &u.GracePeriod)
 	}
 	known, err := u.Connection.unmarshalOption(d)

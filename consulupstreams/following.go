@@ -101,7 +101,7 @@ func (u *Upstreams) instances(r *http.Request) (*endpoint.Set, error) {
 		return nil, err
 	}
 	if subscription == nil {
-		return nil, errors.New("Consul knows no service of the name that the request has") //nolint:staticcheck // a name
+		return nil, errors.New("Consul knows no service of the name that the request has")
 	}
 	return u.servable(r.Context(), subscription)
 }
@@ -114,7 +114,7 @@ func (u *Upstreams) servable(ctx context.Context, subscription *discovery.Subscr
 		if err := subscription.LastError(); err != nil {
 			return nil, err
 		}
-		return nil, fmt.Errorf("Consul has not answered yet about the service %q", u.Service) //nolint:staticcheck // a name
+		return nil, fmt.Errorf("Consul has not answered yet about the service %q", u.Service)
 	}
 	if limit := time.Duration(u.ServeStale); limit != 0 {
 		if failing := subscription.FailingFor(); failing > max(limit, 0) {

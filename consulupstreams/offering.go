@@ -203,7 +203,7 @@ func (s *sampled) offer(set *endpoint.Set, o *endpoint.Offer, _ *http.Request) [
 	index := make([]int32, 0, s.size)
 	if len(eligible) > s.size {
 		for range maxDraws * s.size {
-			at := eligible[rand.IntN(len(eligible))] //nolint:gosec // spreads load, keeps no secret
+			at := eligible[rand.IntN(len(eligible))]
 			if !slices.Contains(index, at) && usable(at) {
 				if index = append(index, at); len(index) == s.size {
 					return o.Some(set, index)

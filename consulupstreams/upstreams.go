@@ -334,14 +334,24 @@ func (u *Upstreams) query() discovery.Query {
 		}
 	}
 	if u.Weights != nil {
-		q.Weighting.Equal = u.Weights.From == "equal"
-		q.Weighting.MetaKey = u.Weights.Key
-		q.Weighting.Default = 1
-		if u.Weights.Default != nil {
-			q.Weighting.Default = *u.Weights.Default
-		}
+		q.Weighting = u.Weights.weighting()
 	}
 	return q
+}
+
+// weighting is w as part of a query.
+func (w *Weights) weighting() discovery.Weighting {
+	switch w.From {
+	case "equal":
+		return discovery.Weighting{Equal: true}
+	case "meta":
+		weighting := discovery.Weighting{MetaKey: w.Key, Default: 1}
+		if w.Default != nil {
+			weighting.Default = *w.Default
+		}
+		return weighting
+	}
+	return discovery.Weighting{}
 }
 
 // Interface guards

@@ -139,10 +139,15 @@ func (a *agent) followCredentials(ctx context.Context) {
 // or the wait is over.
 func (a *agent) ask(ctx context.Context, q question, index uint64) (*answer, error) {
 	limit := answerSlack
-	params := q.params
+	params := maps.Clone(q.params)
+	if a.config.Namespace != "" {
+		params.Set("ns", a.config.Namespace)
+	}
+	if a.config.Partition != "" {
+		params.Set("partition", a.config.Partition)
+	}
 	if index > 0 {
 		wait := jittered(q.wait)
-		params = maps.Clone(params)
 		params.Set("index", strconv.FormatUint(index, 10))
 		params.Set("wait", strconv.FormatInt(wait.Milliseconds(), 10)+"ms")
 		limit += wait * 17 / 16 // Consul may add a sixteenth
@@ -160,7 +165,7 @@ func (a *agent) ask(ctx context.Context, q question, index uint64) (*answer, err
 // jittered shortens a wait by up to a tenth, so that a fleet that asked in step
 // doesn't go on so.
 func jittered(wait time.Duration) time.Duration {
-	return wait - rand.N(wait/10+1) //nolint:gosec // spreads load, keeps no secret
+	return wait - rand.N(wait/10+1)
 }
 
 // block takes one of the places for queries that are held open, if one is free.

@@ -31,7 +31,7 @@ func (b *backoff) ceiling() time.Duration {
 func (b *backoff) next() time.Duration {
 	ceiling := b.ceiling()
 	b.failures++
-	return rand.N(ceiling) + time.Millisecond //nolint:gosec // spreads load, keeps no secret
+	return rand.N(ceiling) + time.Millisecond
 }
 
 // reset forgets the failures, after a success.

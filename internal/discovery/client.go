@@ -276,7 +276,7 @@ func (e *StatusError) Error() string {
 func (e *StatusError) advice() string {
 	switch e.Code {
 	case http.StatusForbidden:
-		return " (the token needs service:read on the service and node:read on its nodes)"
+		return " (the token: " + rightsNeeded + ")"
 	case http.StatusTooManyRequests:
 		return " (see limits.http_max_conns_per_client in the agent's configuration)"
 	case http.StatusBadRequest:

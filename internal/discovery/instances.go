@@ -153,7 +153,7 @@ func checkDial(dial string) error {
 		return nil
 	}
 	host, port, err := net.SplitHostPort(dial)
-	if err != nil || host == "" || strings.ContainsFunc(host, isUnsafeInHost) {
+	if err != nil || !isHost(host) {
 		return fmt.Errorf("address %q can't be dialled: want an IP address or a host name", host)
 	}
 	if number, err := strconv.Atoi(port); err != nil || number < 1 || number > 65535 {

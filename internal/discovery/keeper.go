@@ -133,7 +133,9 @@ func (k *keeper) end() {
 	}
 	k.mu.Unlock()
 	k.work.Wait()
-	k.save()
+	if time.Since(k.watcher.started) > saveSoon { // else it was but a look, as caddy validate takes
+		k.save()
+	}
 }
 
 func (k *keeper) store() Store {
@@ -213,7 +215,7 @@ func (w *watcher) serveCold(endpoints []endpoint.Endpoint, confirmed time.Time) 
 	w.replace(endpoints)
 }
 
-var errNotHeard = errors.New("Consul has not answered yet") //nolint:staticcheck // a name
+var errNotHeard = errors.New("Consul has not answered yet")
 
 func (k *keeper) load(store Store) (*stored, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), saveTimeout)
@@ -256,8 +258,11 @@ func parseStored(text []byte, query *Query) (*stored, error) {
 // different Consuls and queries.
 func (k *keeper) key() string {
 	w := k.watcher
-	sum := sha256.Sum256([]byte(w.agent.config.Address + "\n" + w.agent.config.Namespace + "\n" +
-		w.agent.config.Partition + "\n" + w.query.key()))
+	config := w.agent.config
+	token := sha256.Sum256([]byte(config.Token)) // another token may see other instances
+	sum := sha256.Sum256([]byte(strings.Join([]string{
+		config.Address, config.Namespace, config.Partition, string(token[:]), config.TokenFile, w.query.key(),
+	}, "\n")))
 	name := strings.Map(func(r rune) rune {
 		if isUnsafeInHost(r) || r == ':' || r == '%' {
 			return '_'

@@ -73,8 +73,9 @@ func (w *watcher) Destruct() error {
 }
 
 // errRightsLost says that emptiness is no news about the service.
-var errRightsLost = errors.New("the answer is empty because the token may no longer see the service: " +
-	"it needs service:read on the service and node:read on its nodes")
+var errRightsLost = errors.New("the answer is empty because the token may no longer see the service: " + rightsNeeded)
+
+const rightsNeeded = "it needs service:read on the service and node:read on its nodes"
 
 // take publishes what is new in an answer.
 func (w *watcher) take(a *answer) error {
@@ -88,6 +89,9 @@ func (w *watcher) take(a *answer) error {
 	}
 	if instances.count == 0 && a.filtered && w.hasEndpoints() {
 		return errRightsLost
+	}
+	if instances.count == 0 && a.filtered && w.set.Load() == nil {
+		w.loggers.newest().Warn("the token may see no instance of the service, if there are any: "+rightsNeeded, w.subject)
 	}
 	w.publish(instances.endpoints)
 	w.reportRefused(instances.refused)

@@ -138,20 +138,33 @@ func (o *Offer) Chosen(r *http.Request) *Endpoint {
 
 // Weights appends to dst the weight of each upstream in pool: that of its
 // endpoint if a source has just offered it to this request, else 1. Sources
-// are recognised by the identity of their upstreams, in the order in which
-// they made their offers, so the cost is that of one walk over the pool.
+// are recognised by the identity of their upstreams, which must be in the pool
+// in the order of the offer, so the cost is that of one walk over the pool.
 func Weights(dst []int, r *http.Request, pool reverseproxy.UpstreamPool) []int {
-	offer, at := firstOffer(r), 0
+	first := firstOffer(r)
+	offer, at := first, 0
 	for _, u := range pool {
-		weight := 1
-		for o, i := offer, at; o != nil; o, i = o.next, 0 {
-			if i < len(o.pool) && o.pool[i] == u {
-				weight = o.set.At(int(o.index[i])).Weight
-				offer, at = o, i+1
-				break
+		if offer == nil || at >= len(offer.pool) || offer.pool[at] != u {
+			start := startingWith(first, u)
+			if start == nil {
+				dst = append(dst, 1)
+				continue
 			}
+			offer, at = start, 0
 		}
-		dst = append(dst, weight)
+		dst = append(dst, offer.set.At(int(offer.index[at])).Weight)
+		at++
 	}
 	return dst
+}
+
+// startingWith returns the offer, of those that begin with first, whose first
+// upstream is u, or nil.
+func startingWith(first *Offer, u *reverseproxy.Upstream) *Offer {
+	for o := first; o != nil; o = o.next {
+		if len(o.pool) > 0 && o.pool[0] == u {
+			return o
+		}
+	}
+	return nil
 }
