@@ -2,15 +2,14 @@ package discovery
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"sync/atomic"
 	"syscall"
-
-	"crypto/tls"
-	"crypto/x509"
 )
 
 // errorKind sorts what goes wrong with queries into the few kinds that an
