@@ -149,7 +149,7 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 		f.failed(ctx, err)
 		return
 	}
-	f.pacer.answered(time.Since(start))
+	f.pacer.answered(time.Since(start) + time.Duration(len(a.body))*agentCostPerByte)
 	f.answers.Add(1)
 	f.heard.Store(time.Now().UnixNano())
 	f.reached.Store(a.index)

@@ -21,9 +21,14 @@ const (
 	// paceMax keeps the last of a flood of changes from waiting for long.
 	paceMax = 1500 * time.Millisecond
 
-	// paceShare is the inverse of the share of one core that reading answers
-	// may take while they come in without a break.
+	// paceShare is the inverse of the share of one core that answers may cost
+	// while they come in without a break, the agent's work and ours together.
 	paceShare = 5
+
+	// agentCostPerByte is what writing an answer costs the agent: 210 ms for
+	// 13.5 MB. The agent does it before it sends the first byte, so its time
+	// can't be told from the time that the query blocks.
+	agentCostPerByte = 15 * time.Nanosecond
 )
 
 // pacer holds back the next query while answers come in faster than they are
@@ -45,7 +50,7 @@ func (p *pacer) sweeps() {
 	p.limiter.SetBurst(1)
 }
 
-// answered says what the last answer cost to read.
+// answered says what the last answer cost.
 func (p *pacer) answered(cost time.Duration) {
 	p.limiter.SetLimit(rate.Every(min(max(paceShare*cost, p.least), paceMax)))
 }
