@@ -23,6 +23,7 @@ import (
 //	    weights            meta <key> [<default>]
 //	    near               <node>
 //	    consistency        default|stale|consistent
+//	    wait               <duration>
 //	    startup_timeout    <duration>
 //	    serve_stale        forever|never|<duration>
 //	    keep_last_on_empty <duration>
@@ -156,6 +157,12 @@ func (u *Upstreams) unmarshalOption(d *caddyfile.Dispenser) error {
 			return err
 		}
 		return locate(d, checkConsistency(u.Consistency))
+
+	case "wait":
+		if err := positiveDuration(d, &u.Wait); err != nil {
+			return err
+		}
+		return locate(d, checkWait(u.Wait))
 
 	case "startup_timeout":
 		return positiveDuration(d, &u.StartupTimeout)

@@ -22,9 +22,11 @@ func init() {
 const (
 	defaultStartupTimeout = 3 * time.Second
 
-	// wait is how long Consul is asked to hold a blocking query. It is Consul's
-	// own default.
-	wait = 5 * time.Minute
+	// defaultWait is Consul's own default.
+	defaultWait = 5 * time.Minute
+
+	// maxWait is what Consul holds a query at most.
+	maxWait = 10 * time.Minute
 )
 
 // Upstreams provides upstreams from a service in Consul's catalogue. It follows
@@ -107,6 +109,12 @@ type Upstreams struct {
 	// asks a quorum). Default: `default`.
 	Consistency string `json:"consistency,omitempty"`
 
+	// How long Consul is asked to hold a query while nothing changes, from `1s`
+	// to `10m`. A connection to Consul that dies without a trace is noticed after
+	// this time at the latest, so less is safer and costs Consul more queries.
+	// Default: `5m`.
+	Wait caddy.Duration `json:"wait,omitempty"`
+
 	// How long requests wait for Consul's first answer, counted from when the
 	// service began to be followed; after that they are refused at once until
 	// it comes. Default: `3s`.
@@ -180,6 +188,9 @@ func (u *Upstreams) Provision(ctx caddy.Context) error {
 	if u.GracePeriod != 0 && u.ServeStale == 0 {
 		u.ServeStale, u.GracePeriod = u.GracePeriod, 0
 	}
+	if u.Wait == 0 {
+		u.Wait = caddy.Duration(defaultWait)
+	}
 	if u.StartupTimeout == 0 {
 		u.StartupTimeout = caddy.Duration(defaultStartupTimeout)
 	}
@@ -242,7 +253,7 @@ func (u *Upstreams) check() error {
 	}
 	return errors.Join(
 		u.checkService(), checkTags(u.Tag), checkFilter(u.Filter), checkHealth(u.Health),
-		u.Weights.check(), checkConsistency(u.Consistency),
+		u.Weights.check(), checkConsistency(u.Consistency), checkWait(u.Wait),
 	)
 }
 
@@ -285,6 +296,13 @@ func checkConsistency(mode string) error {
 	return fmt.Errorf("consistency '%s' is not known: want default, stale or consistent", mode)
 }
 
+func checkWait(wait caddy.Duration) error {
+	if wait == 0 || time.Duration(wait) >= time.Second && time.Duration(wait) <= maxWait {
+		return nil
+	}
+	return fmt.Errorf("wait '%s': want 1s to 10m", time.Duration(wait))
+}
+
 func (w *Weights) check() error {
 	if w == nil {
 		return nil
@@ -316,7 +334,7 @@ func (u *Upstreams) query() discovery.Query {
 		Datacenter:  caddy.NewReplacer().ReplaceAll(u.Datacenter, ""),
 		Near:        u.Near,
 		Consistency: discovery.Consistency(u.Consistency),
-		Wait:        wait,
+		Wait:        time.Duration(u.Wait),
 
 		KeepLastOnEmpty: time.Duration(u.KeepLastOnEmpty),
 	}
