@@ -44,6 +44,7 @@ type serviceStatus struct {
 	State         discovery.State   `json:"state"`
 	FailingSince  *time.Time        `json:"failing_since,omitempty"`
 	LastError     string            `json:"last_error,omitempty"`
+	Credentials   string            `json:"credentials_error,omitempty"`
 	LastAnswer    *time.Time        `json:"last_answer,omitempty"`
 	LastChange    *time.Time        `json:"last_change,omitempty"`
 	AgeSeconds    float64           `json:"age_seconds"`
@@ -95,6 +96,7 @@ func newServiceStatus(r discovery.Report) serviceStatus {
 		State:        r.State,
 		FailingSince: unlessZero(r.FailingSince),
 		LastError:    r.LastError,
+		Credentials:  r.Credentials,
 		LastAnswer:   unlessZero(r.Answered),
 		LastChange:   unlessZero(r.Changed),
 		AgeSeconds:   ageOf(r).Seconds(),

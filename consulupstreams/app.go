@@ -50,6 +50,7 @@ func (*App) Stop() error { return nil }
 //	        cert        <path>
 //	        key         <path>
 //	        server_name <name>
+//	        min_version tls1.2|tls1.3
 //	        insecure_skip_verify
 //	    }
 //	}

@@ -2,6 +2,7 @@ package consulupstreams
 
 import (
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -43,6 +44,23 @@ func (a *availability) upstream(e *endpoint.Endpoint) *reverseproxy.Upstream {
 	value, _ := a.upstreams.Load(e.Dial)
 	upstream, _ := value.(*reverseproxy.Upstream)
 	return upstream
+}
+
+// withUnseen adds to index, if one of it is unseen, all others that are: Caddy may
+// refuse any number of them, as after a reload, and only it knows. It has seen
+// them all then, so each costs this once.
+func (a *availability) withUnseen(index []int32, set *endpoint.Set, o *endpoint.Offer) []int32 {
+	if !slices.ContainsFunc(index, func(at int32) bool { return a.mayRefuse(set.At(int(at))) }) {
+		return index
+	}
+	chosen := index
+	for _, at := range set.Eligible() {
+		e := set.At(int(at))
+		if a.mayRefuse(e) && !o.HasTried(e) && !slices.Contains(chosen, at) {
+			index = append(index, at)
+		}
+	}
+	return index
 }
 
 // remember takes note of an upstream of e that Caddy has provisioned.
@@ -93,29 +111,69 @@ func (w *witness) Select(pool reverseproxy.UpstreamPool, r *http.Request, rw htt
 	for upstream, e := range o.All {
 		w.known.remember(upstream, e, o.Set())
 	}
-	if _, nominated := w.source.offering.(*nominated); nominated {
-		for _, upstream := range pool {
-			if upstream.Available() {
-				return upstream
-			}
+	if _, nominated := w.source.offering.(*nominated); !nominated {
+		if upstream := w.policy.Select(pool, r, rw); upstream != nil {
+			return upstream
 		}
-	} else if upstream := w.policy.Select(pool, r, rw); upstream != nil {
+	} else if upstream := w.nominee(o, pool[0]); upstream != nil {
 		return upstream
 	}
-	return w.any(o.Set())
+	return w.any(o)
 }
 
-// any returns an available upstream that is not among the nominees, all of
-// which became unavailable while they were being nominated.
-func (w *witness) any(set *endpoint.Set) (choice *reverseproxy.Upstream) {
+// nominee returns the first one offered, or if Caddy would not use it, one of
+// its alternates.
+func (w *witness) nominee(o *endpoint.Offer, first *reverseproxy.Upstream) (choice *reverseproxy.Upstream) {
+	if first.Available() {
+		return first
+	}
 	var draw balance.Reservoir
-	for i := range set.Len() {
-		e := set.At(i)
-		if upstream := w.known.upstream(e); upstream != nil && upstream.Available() && draw.Offer(e.Weight) {
+	for upstream, e := range o.All {
+		if upstream.Available() && draw.Offer(w.share(e)) {
 			choice = upstream
 		}
 	}
 	return choice
+}
+
+// any returns an available upstream that is not among the nominees, all of
+// which became unavailable while they were being nominated. One that the request
+// has tried is better than none.
+func (w *witness) any(o *endpoint.Offer) *reverseproxy.Upstream {
+	set := o.Set()
+	var untried, tried balance.Reservoir
+	choice, lastResort := -1, -1
+	for i := range set.Len() {
+		e := set.At(i)
+		if upstream := w.known.upstream(e); upstream == nil || !upstream.Available() {
+			continue
+		}
+		switch {
+		case o.HasTried(e):
+			if tried.Offer(w.share(e)) {
+				lastResort = i
+			}
+		case untried.Offer(w.share(e)):
+			choice = i
+		}
+	}
+	if choice < 0 {
+		choice = lastResort
+	}
+	if choice < 0 {
+		return nil
+	}
+	upstream := w.known.upstream(set.At(choice))
+	o.Add(upstream, choice)
+	return upstream
+}
+
+// share is the share of traffic that an endpoint is to get.
+func (w *witness) share(e *endpoint.Endpoint) int {
+	if n, ok := w.source.offering.(*nominated); ok {
+		return n.by.Share(e)
+	}
+	return 1
 }
 
 // Interface guard

@@ -19,6 +19,8 @@ import (
 //	    tag                [!]<tag> ...
 //	    filter             <expression>
 //	    health             passing|warning|any
+//	    allow_cidr         <range> ...
+//	    deny_cidr          <range> ...
 //	    weights            consul|equal
 //	    weights            meta <key> [<default>]
 //	    near               <node>
@@ -37,6 +39,7 @@ import (
 //	        cert        <path>
 //	        key         <path>
 //	        server_name <name>
+//	        min_version tls1.2|tls1.3
 //	        insecure_skip_verify
 //	    }
 //	}
@@ -62,7 +65,7 @@ func (u *Upstreams) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	}
 	for d.NextBlock(0) {
 		switch d.Val() {
-		case "tag": // of which there may be several, as of allow
+		case "tag", "allow_cidr", "deny_cidr": // of which there may be several, as of allow
 		case "allow":
 			once["allow"] = *d
 		default:
@@ -132,6 +135,12 @@ func (u *Upstreams) unmarshalOption(d *caddyfile.Dispenser) error {
 		}
 		u.Tag = append(u.Tag, tags...)
 		return locate(d, checkTags(tags))
+
+	case "allow_cidr":
+		return unmarshalRanges(d, &u.AllowCIDR)
+
+	case "deny_cidr":
+		return unmarshalRanges(d, &u.DenyCIDR)
 
 	case "filter":
 		if err := oneArg(d, &u.Filter); err != nil {

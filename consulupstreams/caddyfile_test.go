@@ -441,7 +441,7 @@ func TestSourceErrors(t *testing.T) {
 		{"token_file {env.CONSUL_UNSET}", "token_file: '{env.CONSUL_UNSET}' is empty, at Caddyfile:4"},
 		{"token_file missing", "token_file: can't read the file: open missing: no such file or directory, at Caddyfile:4"},
 		{"datacenter {http.request.host}", "datacenter: unrecognized placeholder {http.request.host}, at Caddyfile:4"},
-		{"tls {\n\tverify no\n}", "unrecognized option 'verify' of tls: want ca, cert, key, server_name or insecure_skip_verify, at Caddyfile:5"},
+		{"tls {\n\tverify no\n}", "unrecognized option 'verify' of tls: want ca, cert, key, server_name, min_version or insecure_skip_verify, at Caddyfile:5"},
 		{"tls {\n\tca missing.pem\n\tserver_name a\n}", "tls: ca: can't read the file: open missing.pem: no such file or directory, at Caddyfile:5"},
 		{"tls {\n\tcert missing.pem\n\tkey key.pem\n}", "tls: cert: can't read the file: open missing.pem: no such file or directory, at Caddyfile:5"},
 		{"tls {\n\tcert cert.pem\n\tkey missing.pem\n\tserver_name a\n}", "tls: key: can't read the file: open missing.pem: no such file or directory, at Caddyfile:6"},

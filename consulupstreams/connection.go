@@ -50,8 +50,9 @@ type Connection struct {
 // TLS says how to talk TLS with a Consul agent. Its files are read again when
 // they change, without a reload of the config.
 type TLS struct {
-	// A PEM file of the certificate authorities to trust. Default:
-	// `$CONSUL_CACERT`, else those of the system.
+	// A PEM file of the certificate authorities to trust, or a folder of such
+	// files. Default: `$CONSUL_CACERT`, else `$CONSUL_CAPATH`, else those of the
+	// system.
 	CA string `json:"ca,omitempty"`
 
 	// A PEM file of the certificate to show to the agent, which needs `key`.
@@ -64,6 +65,10 @@ type TLS struct {
 	// The name that the agent's certificate must carry. Default:
 	// `$CONSUL_TLS_SERVER_NAME`, else the host of `address`.
 	ServerName string `json:"server_name,omitempty"`
+
+	// The oldest version of TLS to speak: `tls1.2` or `tls1.3`. Default:
+	// `tls1.2`.
+	MinVersion string `json:"min_version,omitempty"`
 
 	// Don't verify the agent's certificate. Insecure: whoever answers at the
 	// address gets the token and says where requests go.
@@ -107,7 +112,11 @@ func (c Connection) resolve() (*api.Config, error) {
 	set(&config.TokenFile, c.TokenFile)
 	if c.TLS != nil {
 		config.Scheme = "https"
-		set(&config.TLSConfig.CAFile, c.TLS.CA)
+		if c.TLS.CA != "" {
+			ca, _ := expand(c.TLS.CA) // has been checked
+			discovery.TrustIn(&config.TLSConfig, ca)
+		}
+		discovery.RequireTLS(config, tlsVersions[c.TLS.MinVersion])
 		set(&config.TLSConfig.CertFile, c.TLS.Cert)
 		set(&config.TLSConfig.KeyFile, c.TLS.Key)
 		set(&config.TLSConfig.Address, c.TLS.ServerName)
@@ -189,6 +198,13 @@ func checkFile(option, name string) error {
 	return nil
 }
 
+func checkFileOrFolder(option, name string) error {
+	if expanded, err := expand(name); err == nil && discovery.IsFolder(expanded) {
+		return nil
+	}
+	return checkFile(option, name)
+}
+
 // check reports what is wrong with the files of t. The environment may have the
 // other half of a certificate and key.
 func (t *TLS) check() error {
@@ -196,8 +212,8 @@ func (t *TLS) check() error {
 		return nil
 	}
 	err := cmp.Or(
-		checkFile("ca", t.CA), checkFile("cert", t.Cert), checkFile("key", t.Key),
-		checkPlaceholders("server_name", t.ServerName), t.checkAuthorities(), t.checkPair(),
+		checkFileOrFolder("ca", t.CA), checkFile("cert", t.Cert), checkFile("key", t.Key),
+		checkPlaceholders("server_name", t.ServerName), t.checkMinVersion(), t.checkAuthorities(), t.checkPair(),
 	)
 	if err != nil {
 		return fmt.Errorf("tls: %w", err)
@@ -206,12 +222,28 @@ func (t *TLS) check() error {
 }
 
 func (t *TLS) checkAuthorities() error {
+	var settings api.TLSConfig
 	ca, err := expand(t.CA)
-	if err == nil {
-		_, err = api.SetupTLSConfig(&api.TLSConfig{CAFile: ca})
+	if err == nil && ca != "" {
+		discovery.TrustIn(&settings, ca)
+		err = discovery.CheckTLS(settings)
 	}
 	if err != nil {
 		return &optionError{"ca", err}
+	}
+	return nil
+}
+
+// tlsVersions are the versions that min_version may name.
+var tlsVersions = map[string]uint16{
+	"":       tls.VersionTLS12,
+	"tls1.2": tls.VersionTLS12,
+	"tls1.3": tls.VersionTLS13,
+}
+
+func (t *TLS) checkMinVersion() error {
+	if _, known := tlsVersions[t.MinVersion]; !known {
+		return &optionError{"min_version", fmt.Errorf("'%s' is not known: want tls1.2 or tls1.3", t.MinVersion)}
 	}
 	return nil
 }
@@ -263,6 +295,7 @@ func holdsCertificate(name string) bool {
 //	    cert        <path>
 //	    key         <path>
 //	    server_name <name>
+//	    min_version tls1.2|tls1.3
 //	    insecure_skip_verify
 //	}
 func (c *Connection) unmarshalOption(d *caddyfile.Dispenser) (known bool, err error) {
@@ -308,6 +341,8 @@ func (t *TLS) unmarshal(d *caddyfile.Dispenser) error {
 			field = &t.Key
 		case "server_name":
 			field = &t.ServerName
+		case "min_version":
+			field = &t.MinVersion
 		case "insecure_skip_verify":
 			if d.NextArg() {
 				return d.ArgErr()
@@ -315,7 +350,7 @@ func (t *TLS) unmarshal(d *caddyfile.Dispenser) error {
 			t.InsecureSkipVerify = true
 			continue
 		default:
-			return d.Errf("unrecognized option '%s' of tls: want ca, cert, key, server_name or insecure_skip_verify", d.Val())
+			return d.Errf("unrecognized option '%s' of tls: want ca, cert, key, server_name, min_version or insecure_skip_verify", d.Val())
 		}
 		if err := oneArg(d, field); err != nil {
 			return err

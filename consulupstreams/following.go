@@ -206,6 +206,9 @@ func checkAllow(patterns []string) error {
 
 func compileAllowRegexp(expression string) (*regexp.Regexp, error) {
 	compiled, err := regexp.Compile("^(?:" + expression + ")$")
+	if err == nil { // by itself too, lest it close our parenthesis and escape the anchors
+		_, err = regexp.Compile(expression)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("allow_regexp %q: %w", expression, err)
 	}

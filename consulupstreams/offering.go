@@ -11,16 +11,10 @@ import (
 	"github.com/caddy-consul/caddy-consul/internal/endpoint"
 )
 
-const (
-	// maxDraws is how often a nominee that can't be used is drawn again before
-	// all endpoints are looked at. Drawing again keeps the shares of the rest
-	// in proportion.
-	maxDraws = 16
-
-	// maxAlternates is how many further nominees go with one that Caddy has not
-	// been seen to accept yet.
-	maxAlternates = 4
-)
+// maxDraws is how often a nominee that can't be used is drawn again before all
+// endpoints are looked at. Drawing again keeps the shares of the rest in
+// proportion.
+const maxDraws = 16
 
 // offering settles which of a Set's endpoints Caddy gets for a request. The
 // proxy pays for each one that it gets, so the fewer the better.
@@ -78,9 +72,8 @@ func (u *Upstreams) GetUpstreams(r *http.Request) ([]*reverseproxy.Upstream, err
 		}
 		return nil, nil
 	}
-	o := endpoint.OfferOf(r, u)
-	if o == nil {
-		o = endpoint.NewOffer(r, u)
+	o, isNew := endpoint.OfferTo(r, u)
+	if isNew {
 		addPlaceholders(r, o)
 	} else {
 		o.RememberAttempt(r) // Caddy tries again
@@ -136,7 +129,7 @@ type nominated struct {
 func (n *nominated) offer(set *endpoint.Set, o *endpoint.Offer, r *http.Request) []*reverseproxy.Upstream {
 	nominee := n.draw(set, o, r)
 	if n.known.mayRefuse(set.At(nominee)) {
-		return o.Some(set, n.withAlternates(set, o, r, int32(nominee)))
+		return o.Some(set, n.known.withUnseen([]int32{int32(nominee)}, set, o))
 	}
 	return o.One(set, nominee)
 }
@@ -170,24 +163,6 @@ func (n *nominated) scan(set *endpoint.Set, usable func(*endpoint.Endpoint) bool
 	return nominee, ok
 }
 
-// withAlternates adds further nominees to one that Caddy might refuse, until
-// one is known to be accepted.
-func (n *nominated) withAlternates(set *endpoint.Set, o *endpoint.Offer, r *http.Request, nominee int32) []int32 {
-	index := []int32{nominee}
-	for range 2 * maxAlternates {
-		alternate := int32(n.by.Nominate(set, r))
-		e := set.At(int(alternate))
-		if slices.Contains(index, alternate) || o.HasTried(e) || !n.known.isAvailable(e) {
-			continue
-		}
-		index = append(index, alternate)
-		if !n.known.mayRefuse(e) || len(index) > maxAlternates {
-			break
-		}
-	}
-	return index
-}
-
 // sampled offers a uniform sample, for a policy that chooses from one.
 type sampled struct {
 	size  int
@@ -206,7 +181,7 @@ func (s *sampled) offer(set *endpoint.Set, o *endpoint.Offer, _ *http.Request) [
 			at := eligible[rand.IntN(len(eligible))]
 			if !slices.Contains(index, at) && usable(at) {
 				if index = append(index, at); len(index) == s.size {
-					return o.Some(set, index)
+					return o.Some(set, s.known.withUnseen(index, set, o))
 				}
 			}
 		}
@@ -220,5 +195,7 @@ func (s *sampled) offer(set *endpoint.Set, o *endpoint.Offer, _ *http.Request) [
 	if len(index) == 0 {
 		index = append(index, eligible...)
 	}
-	return o.Some(set, index)
+	// the policy prefers the first one of those that are idle
+	rand.Shuffle(len(index), func(i, j int) { index[i], index[j] = index[j], index[i] })
+	return o.Some(set, s.known.withUnseen(index[:min(s.size, len(index))], set, o))
 }

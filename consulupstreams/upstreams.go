@@ -94,6 +94,17 @@ type Upstreams struct {
 	// that isn't in maintenance mode. Default: `passing`.
 	Health string `json:"health,omitempty"`
 
+	// The ranges of addresses, in CIDR notation, that an instance's must be in one
+	// of. It bounds what a registration in Consul, by whoever may make one, can
+	// have Caddy connect to. With `allow_cidr` or `deny_cidr`, only IP addresses
+	// are dialled: an instance with a host name or a unix socket is left out.
+	// Default: any address.
+	AllowCIDR []string `json:"allow_cidr,omitempty"`
+
+	// The ranges of addresses, in CIDR notation, that an instance's must not be
+	// in, such as `169.254.0.0/16`. It goes before `allow_cidr`. Default: none.
+	DenyCIDR []string `json:"deny_cidr,omitempty"`
+
 	// Where the weights of the instances come from. Default: their weights in
 	// Consul.
 	Weights *Weights `json:"weights,omitempty"`
@@ -181,10 +192,6 @@ func (u *Upstreams) Provision(ctx caddy.Context) error {
 		ctx.Logger().Warn("refresh has no effect: changes in Consul are followed as they happen; remove it",
 			zap.String("service", u.Service))
 	}
-	if u.TLS != nil && u.TLS.InsecureSkipVerify {
-		ctx.Logger().Warn("insecure_skip_verify is on: Consul's certificate is not verified",
-			zap.String("service", u.Service))
-	}
 	if u.GracePeriod != 0 && u.ServeStale == 0 {
 		u.ServeStale, u.GracePeriod = u.GracePeriod, 0
 	}
@@ -201,6 +208,10 @@ func (u *Upstreams) Provision(ctx caddy.Context) error {
 	config, err := u.resolve()
 	if err != nil {
 		return err
+	}
+	if config.TLSConfig.InsecureSkipVerify { // by $CONSUL_HTTP_SSL_VERIFY too
+		ctx.Logger().Warn("insecure_skip_verify is on: Consul's certificate is not verified",
+			zap.String("service", u.Service))
 	}
 	if u.follow, err = u.startFollowing(config, ctx.Logger()); err != nil {
 		return err
@@ -253,6 +264,7 @@ func (u *Upstreams) check() error {
 	}
 	return errors.Join(
 		u.checkService(), checkTags(u.Tag), checkFilter(u.Filter), checkHealth(u.Health),
+		checkRanges("allow_cidr", u.AllowCIDR), checkRanges("deny_cidr", u.DenyCIDR),
 		u.Weights.check(), checkConsistency(u.Consistency), checkWait(u.Wait),
 	)
 }
@@ -337,6 +349,7 @@ func (u *Upstreams) query() discovery.Query {
 		Wait:        time.Duration(u.Wait),
 
 		KeepLastOnEmpty: time.Duration(u.KeepLastOnEmpty),
+		Ranges:          discovery.Ranges{Allow: ranges(u.AllowCIDR), Deny: ranges(u.DenyCIDR)},
 	}
 	if q.Health == "" {
 		q.Health = discovery.HealthPassing

@@ -86,7 +86,8 @@ func offered(r *http.Request, source any, set *endpoint.Set) reverseproxy.Upstre
 	for i := range index {
 		index[i] = int32(i)
 	}
-	pool := endpoint.NewOffer(r, source).Some(set, index)
+	o, _ := endpoint.OfferTo(r, source)
+	pool := o.Some(set, index)
 	for _, u := range pool {
 		u.Host = new(reverseproxy.Host)
 	}

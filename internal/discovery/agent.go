@@ -51,6 +51,8 @@ type agent struct {
 	seen [sha256.Size]byte // digest of the credential files that client was made of
 	stop context.CancelFunc
 	done chan struct{}
+
+	trouble trouble
 }
 
 // CheckConnection reports why config can't be a connection to a Consul agent: an
@@ -108,7 +110,7 @@ func (a *agent) current() *client {
 
 // followCredentials replaces the client when a file with credentials changes.
 // While the files can't be used, as when they are half written, the old client
-// stays.
+// stays, and if that lasts, it is told.
 func (a *agent) followCredentials(ctx context.Context) {
 	defer close(a.done)
 	tick := time.NewTicker(credentialsPoll)
@@ -121,12 +123,15 @@ func (a *agent) followCredentials(ctx context.Context) {
 		}
 		seen := digest(a.config)
 		if seen == a.seen {
+			a.trouble.isOver(a.config.Address)
 			continue
 		}
 		fresh, err := newClient(a.config)
 		if err != nil {
+			a.trouble.is(a.config.Address, err)
 			continue
 		}
+		a.trouble.isOver(a.config.Address)
 		a.mu.Lock()
 		old := a.client
 		a.client, a.seen = fresh, seen

@@ -5,7 +5,6 @@ import (
 	"io"
 	"log"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"testing"
@@ -84,8 +83,7 @@ func TestATokenFileIsFollowed(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			consul := newLive(web("a"))
-			server := httptest.NewServer(consul)
-			defer server.Close()
+			server := serve(t, consul)
 			file := filepath.Join(t.TempDir(), "token")
 			write(t, file, "old-token")
 			logger, logs := observed()

@@ -53,7 +53,7 @@ func newClient(config *api.Config) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	tlsConfig, err := api.SetupTLSConfig(&config.TLSConfig)
+	tlsConfig, err := newTLSConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("loading the TLS files for Consul at %s: %w", base, err)
 	}
@@ -65,6 +65,9 @@ func newClient(config *api.Config) (*client, error) {
 		}
 		if token = strings.TrimSpace(string(content)); token == "" { // half written, or by mistake: Consul would take us for anonymous
 			return nil, fmt.Errorf("reading the token for Consul at %s: the file %s is empty", base, config.TokenFile)
+		}
+		if strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r == 0x7f }) { // not to be repeated in the log
+			return nil, fmt.Errorf("reading the token for Consul at %s: the file %s holds more than a token", base, config.TokenFile)
 		}
 	}
 	dialer := &net.Dialer{
@@ -189,7 +192,16 @@ func (c *client) get(ctx context.Context, path string, params url.Values) (*answ
 	if errors.As(err, &urlError) {
 		err = urlError.Err
 	}
-	return nil, fmt.Errorf("asking Consul at %s for %s: %w", c.base, path, err)
+	return nil, fmt.Errorf("asking Consul at %s for %s: %w", c.base, path, c.tellable(err))
+}
+
+// tellable returns err, or its text if that repeats a secret, as what Go says of
+// a malformed header does.
+func (c *client) tellable(err error) error {
+	if text := err.Error(); c.withoutSecrets(text) != text {
+		return errors.New(c.withoutSecrets(text))
+	}
+	return err
 }
 
 func (c *client) exchange(ctx context.Context, path string, params url.Values) (*answer, error) {
@@ -216,8 +228,8 @@ func (c *client) exchange(ctx context.Context, path string, params url.Values) (
 	}
 	index, err := strconv.ParseUint(resp.Header.Get("X-Consul-Index"), 10, 64)
 	if err != nil {
-		return nil, fmt.Errorf("the answer has no valid X-Consul-Index header (%q): is it a Consul agent?",
-			c.withoutSecrets(resp.Header.Get("X-Consul-Index")))
+		return nil, &answerError{fmt.Errorf("the answer has no valid X-Consul-Index header (%q): is it a Consul agent?",
+			c.withoutSecrets(resp.Header.Get("X-Consul-Index")))}
 	}
 	buffer, err := readBody(resp, c.limit)
 	if err != nil {

@@ -112,8 +112,7 @@ func TestNoErrorTellsASecret(t *testing.T) {
 		{"no answer", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			server := httptest.NewServer(http.HandlerFunc(tc.handler))
-			defer server.Close()
+			server := serve(t, http.HandlerFunc(tc.handler))
 			logger, logs := observed()
 			s, err := Subscribe(&api.Config{
 				Address: server.URL, Token: token, HttpAuth: &api.HttpBasicAuth{Username: "user", Password: password},
@@ -155,8 +154,7 @@ func basicAuth(user, password string) string {
 // The official client follows redirects, and takes the token along.
 func TestARedirectDoesNotGetTheToken(t *testing.T) {
 	visited := make(chan *http.Request, 10)
-	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { visited <- r }))
-	defer elsewhere.Close()
+	elsewhere := serve(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { visited <- r }))
 	for _, status := range []int{301, 302, 303, 307, 308} {
 		server := httptest.NewServer(http.RedirectHandler(elsewhere.URL, status))
 		c := newTestClient(t, &api.Config{Address: server.URL, Token: token})
@@ -186,12 +184,11 @@ func TestCredentialsAreSent(t *testing.T) {
 	t.Setenv("CONSUL_HTTP_AUTH", "user:pass:word")
 	t.Setenv("CONSUL_HTTP_TOKEN", token)
 	got := make(chan *http.Request, 1)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		got <- r
 		w.Header().Set("X-Consul-Index", "1")
 		_, _ = io.WriteString(w, "[]")
 	}))
-	defer server.Close()
 	config := api.DefaultConfig()
 	config.Address = server.URL
 	if _, err := newTestClient(t, config).get(t.Context(), "/v1/health/service/web", nil); err != nil {
@@ -359,8 +356,7 @@ func TestTLS(t *testing.T) {
 }
 
 func TestTLSToAnAgentWithout(t *testing.T) {
-	server := httptest.NewServer(newLive(web("a")))
-	defer server.Close()
+	server := serve(t, newLive(web("a")))
 	server.Config.ErrorLog = quiet
 	address := strings.TrimPrefix(server.URL, "http://")
 	if _, err := newTestClient(t, &api.Config{Address: address, Scheme: "https"}).get(t.Context(), "/v1", nil); err == nil ||

@@ -69,7 +69,8 @@ type service struct {
 // Consul.
 func OpenDirectory(config *api.Config, query Query, limit int, logger *zap.Logger) (*Directory, error) {
 	key := directoryKey{watcherKey{keyOf(config), query.key()}, limit}
-	value, _, err := directories.LoadOrNew(key, func() (caddy.Destructor, error) {
+	log := &logSource{func() *zap.Logger { return logger }}
+	value, loaded, err := directories.LoadOrNew(key, func() (caddy.Destructor, error) {
 		agent, release, err := connect(config)
 		if err != nil {
 			return nil, err
@@ -77,17 +78,20 @@ func OpenDirectory(config *api.Config, query Query, limit int, logger *zap.Logge
 		ctx, stop := context.WithCancel(context.Background())
 		d := &directory{
 			config: config, query: query, limit: limit, release: release, stop: stop, done: make(chan struct{}),
-			names: newNames(agent, query.Datacenter, query.Consistency, query.Wait),
 		}
-		d.names.loggers.add(&logSource{d.loggers.newest})
+		d.loggers.add(log)
+		d.names = newNames(agent, query.Datacenter, query.Consistency, query.Wait, &logSource{d.loggers.newest})
 		go d.endIdle(ctx)
 		return d, nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	d := &Directory{key, value.(*directory), &logSource{func() *zap.Logger { return logger }}}
-	d.directory.loggers.add(d.log)
+	d := &Directory{key, value.(*directory), log}
+	if loaded {
+		d.directory.loggers.add(log)
+	}
+	d.directory.names.agent.trouble.loggers.add(d.log)
 	return d, nil
 }
 
@@ -97,6 +101,7 @@ func (d *Directory) KeepIn(store Store) { d.directory.store.Store(&store) }
 // Close gives the directory back.
 func (d *Directory) Close() {
 	d.directory.loggers.remove(d.log)
+	d.directory.names.agent.trouble.loggers.remove(d.log)
 	_, _ = directories.Delete(d.key)
 }
 

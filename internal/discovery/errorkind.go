@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"sync/atomic"
@@ -87,11 +88,13 @@ func kindOf(err error) errorKind {
 		return kindAnswer
 	case errors.As(err, &panicked):
 		return kindPanic
-	case errors.As(err, &record), errors.As(err, &alert), errors.As(err, &verify), errors.As(err, &authority):
+	case errors.As(err, &record), errors.As(err, &alert), errors.As(err, &verify), errors.As(err, &authority),
+		errors.Is(err, http.ErrSchemeMismatch):
 		return kindTLS
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return kindRefused
-	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE),
+		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return kindReset
 	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return kindTimeout

@@ -185,6 +185,18 @@ func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write([]byte(body))
 }
 
+// serve puts a handler on the network. It outlives the test's other cleanups,
+// and waits for nobody.
+func serve(t *testing.T, handler http.Handler) *httptest.Server {
+	t.Helper()
+	server := httptest.NewServer(handler)
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	return server
+}
+
 // inMemory asks a handler without a network, for tests in fake time.
 type inMemory struct{ http.Handler }
 
@@ -260,8 +272,8 @@ func followWith(t *testing.T, query Query, prepare func(*client)) followed {
 	}
 	prepare(agent.client)
 	logger, logs := observed()
-	w := newWatcher(query, agent, func() { _ = agent.Destruct() })
-	w.loggers.add(&logSource{func() *zap.Logger { return logger }})
+	log := &logSource{func() *zap.Logger { return logger }}
+	w := newWatcher(query, agent, func() { _ = agent.Destruct() }, log)
 	t.Cleanup(func() { _ = w.Destruct() })
 	return followed{w, logs}
 }

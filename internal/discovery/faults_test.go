@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -116,8 +115,7 @@ func TestFaultsLeaveTheInstancesInPlace(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			consul := newLive(web("a"), web("b"))
-			server := httptest.NewServer(consul)
-			defer server.Close()
+			server := serve(t, consul)
 			transport := &ill{network: &http.Transport{}, target: server.Listener.Addr().String()}
 			defer transport.network.CloseIdleConnections()
 			w := followWith(t, webQuery, func(c *client) { c.http.Transport, c.limit = transport, 4000 })
@@ -180,8 +178,7 @@ func TestFaultsLeaveTheInstancesInPlace(t *testing.T) {
 func TestAFaultBeforeTheFirstAnswer(t *testing.T) {
 	consul := newLive(web("a"))
 	consul.fail(answering(500, "No cluster leader"))
-	server := httptest.NewServer(consul)
-	defer server.Close()
+	server := serve(t, consul)
 	transport := &ill{network: &http.Transport{}, target: server.Listener.Addr().String()}
 	defer transport.network.CloseIdleConnections()
 	w := follow(t, transport, webQuery)

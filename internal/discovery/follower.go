@@ -47,7 +47,8 @@ type follower struct {
 	index    uint64
 	pacer    *pacer
 	backoff  backoff
-	holds    bool // a place among the queries held open
+	client   *client // that the last question went through, at the latest
+	holds    bool    // a place among the queries held open
 	tideMark uint64
 
 	stop context.CancelFunc
@@ -98,6 +99,7 @@ func (f *follower) step(ctx context.Context) {
 	}()
 
 	f.pacer.wait(ctx)
+	f.client = f.agent.current()
 	answer, err := f.ask(ctx)
 	switch {
 	case ctx.Err() != nil:
@@ -190,7 +192,19 @@ func (f *follower) failed(ctx context.Context, err error) {
 	}
 	f.failing.Store(&failure{since, err})
 	f.disturb()
+	f.pauseUntilRenewed(ctx)
+}
+
+// pauseUntilRenewed backs off, but not from credentials that have just been
+// replaced: they may be what was wrong.
+func (f *follower) pauseUntilRenewed(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(f.client.life, cancel)()
 	pause(ctx, f.backoff.next())
+	if f.client.life.Err() != nil {
+		f.backoff.reset()
+	}
 }
 
 func (f *follower) disturb() {

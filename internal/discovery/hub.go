@@ -3,6 +3,7 @@ package discovery
 import (
 	"context"
 	"crypto/sha256"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -26,6 +27,7 @@ type agentKey struct {
 	tokenFile                                     string
 	serverName, caFile, caPath, certFile, keyFile string
 	insecure                                      bool
+	oldestTLS                                     uint16
 }
 
 func keyOf(config *api.Config) agentKey {
@@ -36,6 +38,7 @@ func keyOf(config *api.Config) agentKey {
 		token: sha256.Sum256([]byte(config.Token)), tokenFile: config.TokenFile,
 		serverName: tls.Address, caFile: tls.CAFile, caPath: tls.CAPath,
 		certFile: tls.CertFile, keyFile: tls.KeyFile, insecure: tls.InsecureSkipVerify,
+		oldestTLS: oldestTLS(config),
 	}
 	if auth := config.HttpAuth; auth != nil {
 		key.auth = sha256.Sum256([]byte(auth.Username + "\x00" + auth.Password))
@@ -55,6 +58,7 @@ type Subscription struct {
 	watcher *watcher
 	log     *logSource
 	store   Store
+	close   sync.Once
 }
 
 // Subscribe follows query on the agent of config. It does not wait for Consul:
@@ -66,18 +70,22 @@ func Subscribe(config *api.Config, query Query, logger *zap.Logger) (*Subscripti
 
 func subscribe(config *api.Config, query Query, logger func() *zap.Logger) (*Subscription, error) {
 	key := watcherKey{keyOf(config), query.key()}
-	value, _, err := watchers.LoadOrNew(key, func() (caddy.Destructor, error) {
+	log := &logSource{logger}
+	value, loaded, err := watchers.LoadOrNew(key, func() (caddy.Destructor, error) {
 		agent, release, err := connect(config)
 		if err != nil {
 			return nil, err
 		}
-		return newWatcher(query, agent, release), nil
+		return newWatcher(query, agent, release, log), nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	s := &Subscription{key: key, watcher: value.(*watcher), log: &logSource{logger}}
-	s.watcher.loggers.add(s.log)
+	s := &Subscription{key: key, watcher: value.(*watcher), log: log}
+	if loaded {
+		s.watcher.loggers.add(log)
+	}
+	s.watcher.agent.trouble.loggers.add(s.log)
 	return s, nil
 }
 
@@ -100,9 +108,12 @@ func (s *Subscription) KeepIn(store Store) {
 }
 
 // Close ends the subscription. Its Sets stay readable.
-func (s *Subscription) Close() {
+func (s *Subscription) Close() { s.close.Do(s.end) }
+
+func (s *Subscription) end() {
 	_, _ = watchers.Delete(s.key)
 	s.watcher.loggers.remove(s.log)
+	s.watcher.agent.trouble.loggers.remove(s.log)
 	if s.store != nil {
 		s.watcher.keeper.leave(s.store)
 	}

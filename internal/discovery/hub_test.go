@@ -3,7 +3,6 @@ package discovery
 import (
 	"context"
 	"fmt"
-	"net/http/httptest"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -23,6 +22,11 @@ func subscribeTo(t *testing.T, config *api.Config, query Query) (*Subscription, 
 	if err != nil {
 		t.Fatalf("subscribing: %v", err)
 	}
+	t.Cleanup(func() {
+		if t.Failed() { // and may have ended before it was closed
+			s.watcher.stop()
+		}
+	})
 	return s, logs
 }
 
@@ -36,13 +40,22 @@ func poolSizes() (agentCount, watcherCount int) {
 // for itself, a reload would cost Consul as much as a start.
 func TestWhoAsksTheSameShares(t *testing.T) {
 	consul := newLive(web("a"))
-	server := httptest.NewServer(consul)
-	defer server.Close()
+	server := serve(t, consul)
 	goroutines := goleak.IgnoreCurrent()
 	config := func() *api.Config { return &api.Config{Address: server.URL, Token: "x"} }
 
 	before, beforeLogs := subscribeTo(t, config(), webQuery)
 	before.Await(t.Context(), patience)
+	wantLines := func(logs *observer.ObservedLogs, message string, want int) {
+		t.Helper()
+		eventually(t, func() error {
+			if got := logs.FilterMessage(message).Len(); got != want {
+				return fmt.Errorf("lines %q in the log: got %d, want %d", message, got, want)
+			}
+			return nil
+		})
+	}
+	wantLines(beforeLogs, "following the service", 1)
 	after, afterLogs := subscribeTo(t, config(), webQuery)
 	if before.Set() == nil || before.Set() != after.Set() {
 		t.Errorf("Sets of two who ask the same: got %p and %p, want the same one", before.Set(), after.Set())
@@ -51,24 +64,14 @@ func TestWhoAsksTheSameShares(t *testing.T) {
 		t.Errorf("shared: got %d agents and %d watchers, want one of each", a, w)
 	}
 	consul.set()
-	eventually(t, func() error {
-		if afterLogs.FilterLevelExact(zap.WarnLevel).Len() != 1 {
-			return fmt.Errorf("log of the newest config: got %v, want a warning", afterLogs.All())
-		}
-		return nil
-	})
+	wantLines(afterLogs, "the service has no usable instance", 1)
 	if got := beforeLogs.FilterLevelExact(zap.WarnLevel).Len(); got != 0 {
 		t.Errorf("warnings in the log of the older config: got %d, want none", got)
 	}
 
 	after.Close() // as when the new config is refused
 	consul.set(web("b"))
-	eventually(t, func() error {
-		if got := beforeLogs.FilterMessage("following the service").Len(); got != 2 {
-			return fmt.Errorf("lines in the log of the config that is left: got %d, want 2", got)
-		}
-		return nil
-	})
+	wantLines(beforeLogs, "following the service", 2)
 	wantNodes(t, "of the config that is left", before.Set(), "b")
 
 	last := before.Set()
@@ -92,8 +95,7 @@ func TestWhatAConfigSharesOneQueryFor(t *testing.T) {
 	writeFile(t, tokenFile, []byte("x"))
 	ca := newAuthority(t).file
 	consul := newLive(web("a"))
-	server := httptest.NewServer(consul)
-	defer server.Close()
+	server := serve(t, consul)
 	for _, tc := range []struct {
 		name   string
 		config func(*api.Config)
@@ -156,8 +158,7 @@ func TestASubscriptionThatIsRefusedLeavesNothingBehind(t *testing.T) {
 // Reloads come in bursts, and the last one to close meets the first to open.
 func TestSubscriptionsComeAndGo(t *testing.T) {
 	consul := newLive(web("a"))
-	server := httptest.NewServer(consul)
-	defer server.Close()
+	server := serve(t, consul)
 	var group sync.WaitGroup
 	for range 8 {
 		group.Go(func() {
@@ -250,4 +251,22 @@ func TestFailingForCountsFromTheFirstFailure(t *testing.T) {
 			t.Errorf("after the recovery: got %s, want 0", got)
 		}
 	})
+}
+
+// The line about a fault comes once. An agent that refuses connections may do
+// so before Subscribe returns.
+func TestTheFirstFailureIsLogged(t *testing.T) {
+	for range 200 {
+		s, logs := subscribeTo(t, &api.Config{Address: "127.0.0.1:1"}, webQuery)
+		eventually(t, func() error {
+			if s.LastError() == nil {
+				return fmt.Errorf("failure: got none, want one")
+			}
+			return nil
+		})
+		s.Close()
+		if got := logs.FilterLevelExact(zap.WarnLevel).Len(); got != 1 {
+			t.Fatalf("warnings about an agent that is down: got %d, want 1", got)
+		}
+	}
 }

@@ -96,8 +96,11 @@ func (q *Query) endpoint(in *instance) (e endpoint.Endpoint, wanted bool, err er
 		return e, false, nil
 	}
 	dial, err := in.dialAddress()
+	if err == nil {
+		err = q.Ranges.check(dial)
+	}
 	if err != nil {
-		return e, true, fmt.Errorf("instance %q on node %q: %w", in.Service.ID, in.Node.Node, err)
+		return e, true, fmt.Errorf("instance %.100q on node %.100q: %w", in.Service.ID, in.Node.Node, err)
 	}
 	return endpoint.Endpoint{
 		Dial:       dial,
@@ -144,17 +147,22 @@ func (in *instance) dialAddress() (string, error) {
 	return dial, checkDial(dial)
 }
 
+const (
+	maxHostLength = 253 // of a DNS name
+	maxSocketPath = 107 // on Linux, with a NUL after it
+)
+
 // checkDial refuses what Caddy would not dial as it stands.
 func checkDial(dial string) error {
 	if path, isUnix := strings.CutPrefix(dial, "unix/"); isUnix {
-		if !strings.HasPrefix(path, "/") || strings.ContainsFunc(path, isUnsafeInPath) {
-			return fmt.Errorf("socket path %q can't be dialled: want an absolute path without spaces, braces or bars", path)
+		if !strings.HasPrefix(path, "/") || len(path) > maxSocketPath || strings.ContainsFunc(path, isUnsafeInPath) {
+			return fmt.Errorf("socket path %.120q can't be dialled: want an absolute path of at most %d bytes without spaces, braces or bars", path, maxSocketPath)
 		}
 		return nil
 	}
 	host, port, err := net.SplitHostPort(dial)
 	if err != nil || !isHost(host) {
-		return fmt.Errorf("address %q can't be dialled: want an IP address or a host name", host)
+		return fmt.Errorf("address %.100q can't be dialled: want an IP address or a host name", host)
 	}
 	if number, err := strconv.Atoi(port); err != nil || number < 1 || number > 65535 {
 		return fmt.Errorf("port %s can't be dialled: want 1 to 65535", port)
@@ -168,7 +176,7 @@ func isHost(text string) bool {
 		_, err := netip.ParseAddr(text)
 		return err == nil && !strings.ContainsFunc(text, isUnsafeInHost)
 	}
-	return text != "" && !strings.ContainsFunc(text, isUnsafeInHost)
+	return text != "" && len(text) <= maxHostLength && !strings.ContainsFunc(text, isUnsafeInHost)
 }
 
 func isUnsafeInHost(r rune) bool {

@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -245,10 +246,16 @@ func parseStored(text []byte, query *Query) (*stored, error) {
 	}
 	for i := range value.Endpoints {
 		e := &value.Endpoints[i]
-		if err := checkDial(e.Dial); err != nil {
+		if err := cmp.Or(checkDial(e.Dial), query.Ranges.check(e.Dial)); err != nil {
 			return nil, err
 		}
+		if !query.Health.isMetBy(e.Status) {
+			return nil, fmt.Errorf("instance %.100q is not as healthy as the query asks for", e.ID)
+		}
 		e.Weight = min(max(e.Weight, 0), MaxWeight)
+	}
+	if now := time.Now(); value.Confirmed.After(now) {
+		value.Confirmed = now
 	}
 	query.sort(value.Endpoints)
 	return &value, nil

@@ -21,7 +21,7 @@ type names struct {
 	last bodyDigest // the goroutine's own
 }
 
-func newNames(agent *agent, datacenter string, consistency Consistency, wait time.Duration) *names {
+func newNames(agent *agent, datacenter string, consistency Consistency, wait time.Duration, log *logSource) *names {
 	n := &names{first: make(chan struct{})}
 	n.follower = follower{
 		agent:    agent,
@@ -29,6 +29,7 @@ func newNames(agent *agent, datacenter string, consistency Consistency, wait tim
 		subject:  zap.String("catalog", "services"),
 		take:     n.take,
 	}
+	n.loggers.add(log)
 	n.start()
 	return n
 }

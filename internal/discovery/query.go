@@ -59,6 +59,7 @@ type Query struct {
 	Datacenter  string // empty: the agent's own
 	Near        string
 	Consistency Consistency
+	Ranges      Ranges // what of it may be dialled
 
 	// KeepLastOnEmpty is for how long an answer without a usable instance is not
 	// believed, if there were some before.
@@ -102,6 +103,8 @@ func (q *Query) details() string {
 	if q.Consistency != "" && q.Consistency != ConsistencyDefault {
 		add("consistency", string(q.Consistency))
 	}
+	add("allow_cidr", inWords(q.Ranges.Allow))
+	add("deny_cidr", inWords(q.Ranges.Deny))
 	if q.KeepLastOnEmpty > 0 {
 		add("keep_last_on_empty", q.KeepLastOnEmpty.String())
 	}

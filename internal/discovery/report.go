@@ -36,6 +36,7 @@ type Report struct {
 	State        State
 	FailingSince time.Time // zero while Consul answers
 	LastError    string
+	Credentials  string    // why they can't be read any more; empty while they can
 	Answered     time.Time // when Consul answered last; zero before
 	Changed      time.Time // when the Set changed last; zero before the first
 	ColdStart    bool      // the Set is one stored by an earlier run
@@ -65,20 +66,21 @@ func Reports() []Report {
 
 func (w *watcher) report() Report {
 	r := Report{
-		Agent:     w.agent.config.Address,
-		Service:   w.query.Service,
-		Query:     w.query.details(),
-		State:     StateFollowing,
-		Answered:  timeOf(w.heard.Load()),
-		Changed:   timeOf(w.changed.Load()),
-		ColdStart: w.cold.Load(),
-		Blocking:  w.blocks.Load(),
-		Index:     w.reached.Load(),
-		Answers:   w.answers.Load(),
-		Changes:   w.changes.Load(),
-		Refused:   int(w.undialable.Load()),
-		Errors:    w.errors.byKind(),
-		Set:       w.set.Load(),
+		Agent:       w.agent.config.Address,
+		Service:     w.query.Service,
+		Query:       w.query.details(),
+		State:       StateFollowing,
+		Credentials: w.agent.trouble.reason(),
+		Answered:    timeOf(w.heard.Load()),
+		Changed:     timeOf(w.changed.Load()),
+		ColdStart:   w.cold.Load(),
+		Blocking:    w.blocks.Load(),
+		Index:       w.reached.Load(),
+		Answers:     w.answers.Load(),
+		Changes:     w.changes.Load(),
+		Refused:     int(w.undialable.Load()),
+		Errors:      w.errors.byKind(),
+		Set:         w.set.Load(),
 	}
 	if failure := w.failing.Load(); failure != nil {
 		r.State, r.FailingSince, r.LastError = StateFailing, failure.since, failure.err.Error()

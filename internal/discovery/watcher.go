@@ -37,7 +37,9 @@ type watcher struct {
 	emptiness *time.Timer         // runs while an empty answer is distrusted
 }
 
-func newWatcher(query Query, agent *agent, release func()) *watcher {
+// newWatcher begins to follow a service. It is told where its first lines go,
+// since it may fail before whoever made it has a hold on it.
+func newWatcher(query Query, agent *agent, release func(), log *logSource) *watcher {
 	w := &watcher{
 		query:   query,
 		origin:  &endpoint.Origin{Name: query.Service},
@@ -54,6 +56,7 @@ func newWatcher(query Query, agent *agent, release func()) *watcher {
 		tide:      func() *tide { return agent.tide(query.Datacenter, query.Consistency, query.Wait) },
 		disturbed: w.keeper.serveStored,
 	}
+	w.loggers.add(log)
 	w.start()
 	return w
 }

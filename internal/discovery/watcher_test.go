@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -305,11 +306,14 @@ func TestAnAnswerThatIsFilteredInPartIsFollowed(t *testing.T) {
 	})
 }
 
-// panicking is a transport with a bug.
-type panicking struct{ http.RoundTripper }
+// panicking is a transport with a bug that shows once.
+type panicking struct {
+	http.RoundTripper
+	once *atomic.Bool
+}
 
 func (p panicking) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.URL.Query().Get("index") == "13" {
+	if r.URL.Query().Get("index") == "13" && !p.once.Swap(true) {
 		panic("injected")
 	}
 	return p.RoundTripper.RoundTrip(r)
@@ -318,7 +322,7 @@ func (p panicking) RoundTrip(r *http.Request) (*http.Response, error) {
 func TestAPanicCostsNothingButALine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		consul := newScripted()
-		w := follow(t, panicking{consul}, webQuery)
+		w := follow(t, panicking{consul, new(atomic.Bool)}, webQuery)
 		consul.nextFrom(t, "").instances(13, web("a"))
 		question := consul.nextFrom(t, "")
 		wantNodes(t, "after a panic", w.set.Load(), "a")

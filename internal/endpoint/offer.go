@@ -46,20 +46,26 @@ func OfferOf(r *http.Request, source any) *Offer {
 	return nil
 }
 
-// NewOffer starts the offers of a source to this request. Where the request
-// has no variables, as in bare unit tests, the offer is forgotten.
-func NewOffer(r *http.Request, source any) *Offer {
-	o := &Offer{source: source}
-	first := firstOffer(r)
-	if first == nil {
-		caddyhttp.SetVar(r.Context(), offersVar, o)
-		return o
+// OfferTo returns the offer of a source to this request, which is new on the
+// first attempt. Where the request has no variables, as in bare unit tests, it
+// always is.
+func OfferTo(r *http.Request, source any) (o *Offer, isNew bool) {
+	vars, _ := r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
+	var last *Offer
+	for o, _ = vars[offersVar].(*Offer); o != nil; o = o.next {
+		if o.source == source {
+			return o, false
+		}
+		last = o
 	}
-	for first.next != nil {
-		first = first.next
+	o = &Offer{source: source}
+	switch {
+	case last != nil:
+		last.next = o
+	case vars != nil:
+		vars[offersVar] = o
 	}
-	first.next = o
-	return o
+	return o, true
 }
 
 func firstOffer(r *http.Request) *Offer {
@@ -85,6 +91,13 @@ func (o *Offer) Some(set *Set, index []int32) []*reverseproxy.Upstream {
 		o.pool[i] = &block[i]
 	}
 	return o.pool
+}
+
+// Add makes endpoint i of the last offer's Set part of it, as an upstream that
+// Caddy has provisioned already.
+func (o *Offer) Add(upstream *reverseproxy.Upstream, i int) {
+	o.pool = append(slices.Clip(o.pool), upstream)
+	o.index = append(slices.Clip(o.index), int32(i))
 }
 
 // Set returns the Set that the last offer was made from.

@@ -39,7 +39,7 @@ type source struct{ _ int }
 
 func TestAnOfferIsWhatWasAskedFor(t *testing.T) {
 	set := setOf(1, 2, 3)
-	o := endpoint.NewOffer(newRequest(), new(source))
+	o := newOffer(newRequest(), new(source))
 	if got, want := dials(o.One(set, 1)), []string{"10.0.0.1:2"}; !slices.Equal(got, want) {
 		t.Errorf("offer of one: got %v, want %v", got, want)
 	}
@@ -73,7 +73,7 @@ func TestAnOfferIsWhatWasAskedFor(t *testing.T) {
 func TestUpstreamsAreNotShared(t *testing.T) {
 	set := setOf(1)
 	r1, r2, s := newRequest(), newRequest(), new(source)
-	one, other := endpoint.NewOffer(r1, s).One(set, 0)[0], endpoint.NewOffer(r2, s).One(set, 0)[0]
+	one, other := newOffer(r1, s).One(set, 0)[0], newOffer(r2, s).One(set, 0)[0]
 	again := endpoint.OfferOf(r1, s).One(set, 0)[0]
 	if one == other || again == other {
 		t.Error("two requests share an upstream, want each its own")
@@ -88,9 +88,9 @@ func TestOffersAreKeptBySource(t *testing.T) {
 	if o := endpoint.OfferOf(r, a); o != nil {
 		t.Errorf("before the first offer: got %v, want none", o)
 	}
-	offerA := endpoint.NewOffer(r, a)
-	offerB := endpoint.NewOffer(r, b)
-	third := endpoint.NewOffer(r, new(source))
+	offerA := newOffer(r, a)
+	offerB := newOffer(r, b)
+	third := newOffer(r, new(source))
 	if endpoint.OfferOf(r, a) != offerA || endpoint.OfferOf(r, b) != offerB || third == offerB {
 		t.Error("a source does not get its own offer back")
 	}
@@ -101,7 +101,7 @@ func TestOffersAreKeptBySource(t *testing.T) {
 
 func TestRequestsWithoutCaddysContext(t *testing.T) {
 	r, s, set := httptest.NewRequest(http.MethodGet, "/", nil), new(source), setOf(1, 2)
-	o := endpoint.NewOffer(r, s)
+	o := newOffer(r, s)
 	pool := o.Some(set, []int32{0, 1})
 	o.RememberAttempt(r)
 	if got := o.Chosen(r); got != nil {
@@ -123,7 +123,7 @@ func TestChosen(t *testing.T) {
 	for at, hostport := range []string{"10.0.0.1:80", "[2001:db8::7]:80", "/run/web.sock", "web.test:80"} {
 		t.Run(hostport, func(t *testing.T) {
 			r := newRequest()
-			o := endpoint.NewOffer(r, new(source))
+			o := newOffer(r, new(source))
 			o.Some(set, []int32{0, 1, 2, 3})
 			if got := o.Chosen(r); got != nil {
 				t.Errorf("before Caddy has chosen: got %v, want none", got)
@@ -140,7 +140,7 @@ func TestChosen(t *testing.T) {
 	}
 	t.Run("a static upstream", func(t *testing.T) {
 		r := newRequest()
-		o := endpoint.NewOffer(r, new(source))
+		o := newOffer(r, new(source))
 		o.Some(set, []int32{0, 1})
 		attempt(r, "192.0.2.1:80")
 		if got := o.Chosen(r); got != nil {
@@ -174,7 +174,7 @@ func TestCaddysPlaceholderIsRecognised(t *testing.T) {
 func TestAttemptsAreRemembered(t *testing.T) {
 	set := setOf(1, 1, 1)
 	r := newRequest()
-	o := endpoint.NewOffer(r, new(source))
+	o := newOffer(r, new(source))
 	tried := func() (tried []string) {
 		for i := range set.Len() {
 			if o.HasTried(set.At(i)) {
@@ -209,7 +209,7 @@ func TestMemoryOfAttemptsIsBounded(t *testing.T) {
 	const attempts = 1000
 	set := setOf(make([]int, attempts)...)
 	r := newRequest()
-	o := endpoint.NewOffer(r, new(source))
+	o := newOffer(r, new(source))
 	for i := range attempts {
 		o.One(set, i)
 		attempt(r, set.At(i).Dial)
@@ -223,6 +223,25 @@ func TestMemoryOfAttemptsIsBounded(t *testing.T) {
 	}
 	if count == 0 || count > 100 {
 		t.Errorf("addresses remembered after %d attempts: got %d, want some, and at most 100", attempts, count)
+	}
+}
+
+// Caddy may go for an upstream that it was offered in an earlier request.
+func TestAnOfferIsAddedTo(t *testing.T) {
+	set := setOf(1, 1, 1)
+	r := newRequest()
+	o := newOffer(r, new(source))
+	pool := o.One(set, 1)
+	o.Add(&reverseproxy.Upstream{Dial: set.At(2).Dial}, 2)
+	attempt(r, set.At(2).Dial)
+	if got := o.Chosen(r); got != set.At(2) {
+		t.Errorf("chosen: got %v, want %v", got, set.At(2))
+	}
+	if o.RememberAttempt(r); !o.HasTried(set.At(2)) || o.HasTried(set.At(1)) {
+		t.Error("tried: got others, want the one that was added")
+	}
+	if got, want := dials(pool), []string{set.At(1).Dial}; !slices.Equal(got, want) {
+		t.Errorf("what Caddy was offered: got %v, want %v", got, want)
 	}
 }
 
@@ -259,8 +278,8 @@ func TestWeightsOfAPool(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := newRequest()
-			poolA := endpoint.NewOffer(r, new(source)).Some(a, []int32{2, 0})
-			poolB := endpoint.NewOffer(r, new(source)).Some(b, []int32{0, 1})
+			poolA := newOffer(r, new(source)).Some(a, []int32{2, 0})
+			poolB := newOffer(r, new(source)).Some(b, []int32{0, 1})
 			if got := endpoint.Weights(nil, r, tc.pool(poolA, poolB)); !slices.Equal(got, tc.want) {
 				t.Errorf("weights: got %v, want %v", got, tc.want)
 			}
@@ -272,7 +291,7 @@ func TestWeightsOfAPool(t *testing.T) {
 // of the attempt before are nobody's any more.
 func TestWeightsAfterARetry(t *testing.T) {
 	r, set := newRequest(), setOf(5, 6, 7)
-	a, b := endpoint.NewOffer(r, new(source)), endpoint.NewOffer(r, new(source))
+	a, b := newOffer(r, new(source)), newOffer(r, new(source))
 	old := a.Some(set, []int32{0, 1, 2})
 	poolB := b.One(setOf(9), 0)
 	fresh := a.One(set, 1)
@@ -287,8 +306,13 @@ func TestWeightsAfterARetry(t *testing.T) {
 
 func TestWeightsAreAppended(t *testing.T) {
 	r := newRequest()
-	pool := endpoint.NewOffer(r, new(source)).One(setOf(5), 0)
+	pool := newOffer(r, new(source)).One(setOf(5), 0)
 	if got, want := endpoint.Weights([]int{3}, r, pool), []int{3, 5}; !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
+}
+
+func newOffer(r *http.Request, source any) *endpoint.Offer {
+	o, _ := endpoint.OfferTo(r, source)
+	return o
 }
