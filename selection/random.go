@@ -45,6 +45,9 @@ func (Random) Nominate(set *endpoint.Set, _ *http.Request) int {
 	return int(eligible[rand.IntN(len(eligible))])
 }
 
+// Share is the same for every endpoint that may get traffic.
+func (Random) Share(e *endpoint.Endpoint) int { return min(e.Weight, 1) }
+
 // Select returns an available upstream, or nil if there is none.
 func (Random) Select(pool reverseproxy.UpstreamPool, r *http.Request, _ http.ResponseWriter) *reverseproxy.Upstream {
 	var memory [poolOnStack]int

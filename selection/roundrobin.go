@@ -59,6 +59,9 @@ func (p *RoundRobin) Nominate(set *endpoint.Set, _ *http.Request) int {
 	return p.robins.of(set.Origin()).next(set, p.phase)
 }
 
+// Share is the same for every endpoint that may get traffic.
+func (*RoundRobin) Share(e *endpoint.Endpoint) int { return min(e.Weight, 1) }
+
 // Select returns an available upstream, or nil if there is none. An upstream
 // that can't be used has its turn all the same: to give it to the next one
 // would double the load of that.

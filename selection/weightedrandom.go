@@ -50,6 +50,9 @@ func (WeightedRandom) Nominate(set *endpoint.Set, _ *http.Request) int {
 	return set.Alias().Pick()
 }
 
+// Share is the endpoint's weight.
+func (WeightedRandom) Share(e *endpoint.Endpoint) int { return e.Weight }
+
 // Select returns an available upstream, or nil if there is none.
 func (WeightedRandom) Select(pool reverseproxy.UpstreamPool, r *http.Request, _ http.ResponseWriter) *reverseproxy.Upstream {
 	var (

@@ -68,6 +68,9 @@ func (p *WeightedRoundRobin) Nominate(set *endpoint.Set, _ *http.Request) int {
 	return set.Rotation().At(p.phase + p.turns.of(set.Origin()).Add(1))
 }
 
+// Share is the endpoint's weight.
+func (*WeightedRoundRobin) Share(e *endpoint.Endpoint) int { return e.Weight }
+
 // Select returns an available upstream, or nil if there is none.
 func (p *WeightedRoundRobin) Select(pool reverseproxy.UpstreamPool, r *http.Request, _ http.ResponseWriter) *reverseproxy.Upstream {
 	var memory [poolOnStack]int
