@@ -128,10 +128,13 @@ type nominated struct {
 
 func (n *nominated) offer(set *endpoint.Set, o *endpoint.Offer, r *http.Request) []*reverseproxy.Upstream {
 	nominee := n.draw(set, o, r)
-	if n.known.mayRefuse(set.At(nominee)) {
+	switch {
+	case n.known == nil:
+		return o.One(set, nominee)
+	case n.known.mayRefuse(set.At(nominee)):
 		return o.Some(set, n.known.withUnseen([]int32{int32(nominee)}, set, o))
 	}
-	return o.One(set, nominee)
+	return o.OneToKeep(set, nominee)
 }
 
 // draw returns a nominee that this request hasn't tried and that Caddy would

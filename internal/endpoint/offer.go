@@ -20,8 +20,7 @@ const maxTried = 64
 // belongs to that request's goroutine.
 //
 // Caddy stores into each upstream when it provisions it, so their memory is the
-// request's own; afterwards an upstream is only read. It is allocated apart
-// from the Offer, since who keeps it must not keep the Set alive.
+// request's own; afterwards an upstream is only read.
 type Offer struct {
 	source any
 	set    *Set
@@ -33,6 +32,7 @@ type Offer struct {
 	// the memory of a pool of one, which is what most requests get
 	onePool  [1]*reverseproxy.Upstream
 	oneIndex [1]int32
+	upstream reverseproxy.Upstream
 }
 
 // OfferOf returns what the source has offered to this request so far, or nil.
@@ -73,10 +73,23 @@ func firstOffer(r *http.Request) *Offer {
 	return first
 }
 
-// One makes endpoint i of set the whole offer.
+// One makes endpoint i of set the whole offer. Its upstream must not be kept
+// beyond the request, for the Offer and the Set would be kept with it.
 func (o *Offer) One(set *Set, i int) []*reverseproxy.Upstream {
-	o.onePool[0] = &reverseproxy.Upstream{Dial: set.At(i).Dial}
-	o.oneIndex[0] = int32(i)
+	if o.pool != nil { // a retry: Caddy may still read what it got first
+		return o.OneToKeep(set, i)
+	}
+	o.upstream.Dial = set.At(i).Dial
+	return o.one(set, i, &o.upstream)
+}
+
+// OneToKeep makes endpoint i of set the whole offer. Its upstream may be kept.
+func (o *Offer) OneToKeep(set *Set, i int) []*reverseproxy.Upstream {
+	return o.one(set, i, &reverseproxy.Upstream{Dial: set.At(i).Dial})
+}
+
+func (o *Offer) one(set *Set, i int, upstream *reverseproxy.Upstream) []*reverseproxy.Upstream {
+	o.onePool[0], o.oneIndex[0] = upstream, int32(i)
 	o.set, o.pool, o.index = set, o.onePool[:], o.oneIndex[:]
 	return o.pool
 }
