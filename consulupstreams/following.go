@@ -162,7 +162,7 @@ func checkServiceName(name string) error {
 }
 
 func isServiceName(name string) bool {
-	return name != "" && len(name) <= maxNameLength && !strings.ContainsFunc(name, func(r rune) bool {
+	return strings.Trim(name, ".") != "" && len(name) <= maxNameLength && !strings.ContainsFunc(name, func(r rune) bool {
 		return r <= ' ' || r == 0x7f || strings.ContainsRune("/\\?#%{}", r)
 	})
 }

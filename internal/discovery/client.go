@@ -160,6 +160,10 @@ type answer struct {
 	filtered bool // Consul left out what the token may not see
 	shared   bool // it came over a connection that carries many queries at once
 
+	// streamed: it comes from a view that the agent keeps for blocking queries,
+	// and filtered says nothing.
+	streamed bool
+
 	buffer *bytes.Buffer
 }
 
@@ -218,7 +222,7 @@ func (c *client) exchange(ctx context.Context, path string, params url.Values) (
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, cmp.Or(c.refusal(ctx, err), err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
@@ -240,6 +244,7 @@ func (c *client) exchange(ctx context.Context, path string, params url.Values) (
 		buffer:   buffer,
 		index:    index,
 		filtered: resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
+		streamed: resp.Header.Get("X-Consul-Query-Backend") == "streaming" && params.Has("index"),
 		shared:   resp.ProtoMajor >= 2,
 	}, nil
 }

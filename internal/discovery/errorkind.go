@@ -68,6 +68,7 @@ func kindOf(err error) errorKind {
 		dns       *net.DNSError
 		record    tls.RecordHeaderError
 		alert     tls.AlertError
+		remote    *net.OpError
 		verify    *tls.CertificateVerificationError
 		authority x509.UnknownAuthorityError
 	)
@@ -89,7 +90,7 @@ func kindOf(err error) errorKind {
 	case errors.As(err, &panicked):
 		return kindPanic
 	case errors.As(err, &record), errors.As(err, &alert), errors.As(err, &verify), errors.As(err, &authority),
-		errors.Is(err, http.ErrSchemeMismatch):
+		errors.As(err, &remote) && remote.Op == opRemote, errors.Is(err, http.ErrSchemeMismatch):
 		return kindTLS
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return kindRefused

@@ -143,11 +143,19 @@ func (f *follower) sweep(ctx context.Context) (*answer, error) {
 	return f.agent.ask(ctx, f.question, 0)
 }
 
+// errUnconfirmed says that an answer is to be believed only if one to a query
+// that does not block says the same.
+var errUnconfirmed = errors.New("the answer is not confirmed")
+
 // answered hands an answer on and settles what to ask next.
 func (f *follower) answered(ctx context.Context, a *answer) {
 	defer a.release()
 	start := time.Now()
-	if err := f.take(a); err != nil {
+	switch err := f.take(a); {
+	case errors.Is(err, errUnconfirmed):
+		f.index = 0
+		return
+	case err != nil:
 		f.failed(ctx, err)
 		return
 	}

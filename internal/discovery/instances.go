@@ -60,7 +60,7 @@ func (in *instance) status() endpoint.Status {
 func (h Health) isMetBy(status endpoint.Status) bool {
 	switch h {
 	case HealthAny:
-		return status != endpoint.Maintenance
+		return status < endpoint.Maintenance
 	case HealthWarning:
 		return status <= endpoint.Warning
 	default:

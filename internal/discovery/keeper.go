@@ -50,9 +50,10 @@ type keeper struct {
 	stores []Store // of the configs that hold the watcher, the newest last
 	timer  *time.Timer
 	due    time.Time // when timer fires
-	saved  time.Time
+	saved  time.Time // when it was last tried
 	ended  bool
 	work   sync.WaitGroup
+	told   string // what the log was last told to be wrong
 }
 
 // stored is the format in storage. It has no secret in it.
@@ -170,13 +171,12 @@ func (k *keeper) save() {
 		defer cancel()
 		err = store.Store(ctx, k.key(), text)
 	}
-	if err != nil {
-		w.loggers.newest().Warn("could not store the instances for a start without Consul", w.subject, zap.Error(err))
-		return
-	}
 	k.mu.Lock()
 	k.saved = time.Now()
 	k.mu.Unlock()
+	if k.isNews(err) {
+		w.loggers.newest().Warn("could not store the instances for a start without Consul", w.subject, zap.Error(err))
+	}
 }
 
 // serveStored gives the watcher the Set of an earlier run, unless it has one.
@@ -191,10 +191,24 @@ func (k *keeper) serveStored() {
 		return
 	}
 	if err != nil {
-		w.loggers.newest().Warn("the instances stored by an earlier run can't be used", w.subject, zap.Error(err))
+		if k.isNews(err) {
+			w.loggers.newest().Warn("the instances stored by an earlier run can't be used", w.subject, zap.Error(err))
+		}
 		return
 	}
 	w.serveCold(value.Endpoints, value.Confirmed)
+}
+
+// isNews reports whether err is one, and other than the last.
+func (k *keeper) isNews(err error) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	last := k.told
+	k.told = ""
+	if err != nil {
+		k.told = err.Error()
+	}
+	return k.told != "" && k.told != last
 }
 
 // serveCold publishes endpoints of an earlier run, which count as stale since

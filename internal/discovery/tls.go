@@ -2,12 +2,17 @@ package discovery
 
 import (
 	"cmp"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/consul/api"
 )
@@ -72,6 +77,44 @@ func authoritiesIn(folder string) (*x509.CertPool, error) {
 		return nil, fmt.Errorf("no certificate in the folder %s", folder)
 	}
 	return pool, nil
+}
+
+// opRemote is the operation of a net.OpError that holds what the other end of a
+// TLS connection says before it breaks it off.
+const opRemote = "remote error"
+
+// refusalTimeout bounds the time to ask for a refusal.
+const refusalTimeout = time.Second
+
+// refusal returns why the agent doesn't want our certificate, if that's what is
+// behind err, or nil. With TLS 1.3 it looks at it after the handshake, when we
+// are sending a query already, and often Go tells that this broke off, and not
+// why. So the refusal is asked for on a connection on which we send nothing.
+func (c *client) refusal(ctx context.Context, err error) error {
+	transport, ok := c.http.Transport.(*http.Transport)
+	address, isTLS := strings.CutPrefix(c.base, "https://")
+	if kind := kindOf(err); !ok || !isTLS || ctx.Err() != nil || kind != kindReset && kind != kindOther {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, refusalTimeout)
+	defer cancel()
+	address, _, _ = strings.Cut(address, "/")
+	if _, _, err := net.SplitHostPort(address); err != nil {
+		address = net.JoinHostPort(strings.Trim(address, "[]"), "443")
+	}
+	dialer := tls.Dialer{Config: transport.TLSClientConfig.Clone()}
+	dialer.Config.NextProtos = nil // an agent that speaks HTTP/2 would begin to talk
+	conn, err := dialer.DialContext(ctx, "tcp", address)
+	if err == nil {
+		defer conn.Close()
+		defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })()
+		_, err = conn.Read(make([]byte, 1))
+	}
+	var said *net.OpError
+	if errors.As(err, &said) && said.Op == opRemote {
+		return said
+	}
+	return nil
 }
 
 // CheckTLS reports why certificates and keys can't be used.

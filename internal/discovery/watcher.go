@@ -90,8 +90,13 @@ func (w *watcher) take(a *answer) error {
 	if err != nil {
 		return err
 	}
-	if instances.count == 0 && a.filtered && w.hasEndpoints() {
-		return errRightsLost
+	if instances.count == 0 && w.hasEndpoints() {
+		switch {
+		case a.filtered:
+			return errRightsLost
+		case a.streamed: // Consul's streaming backend doesn't say that rights were lost
+			return errUnconfirmed
+		}
 	}
 	if instances.count == 0 && a.filtered && w.set.Load() == nil {
 		w.loggers.newest().Warn("the token may see no instance of the service, if there are any: "+rightsNeeded, w.subject)
