@@ -42,6 +42,9 @@ func OnIPv6() BackendOption {
 	return func(t TB, b *Backend) { b.address = fmt.Sprintf("[::1]:%d", FreePort(t)) }
 }
 
+// At makes the backend listen at a host and port of the caller's choice.
+func At(address string) BackendOption { return func(_ TB, b *Backend) { b.address = address } }
+
 // OnSocket makes the backend listen on a Unix socket.
 func OnSocket() BackendOption {
 	return func(t TB, b *Backend) {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/caddyserver/caddy/v2"
 
@@ -311,7 +312,22 @@ func (c *Caddy) AdminURL() string { return c.admin }
 
 // ask sends a request to the admin endpoint. An answer that is no success is an
 // error that holds Caddy's words.
+//
+// A request can meet the endpoint of the last config while it shuts down, which
+// then closes the connection without reading the request.
 func (c *Caddy) ask(method, path, contentType string, body []byte) ([]byte, error) {
+	answer, err := c.askOnce(method, path, contentType, body)
+	for attempt := 1; attempt < 3 && isUnanswered(err); attempt++ {
+		answer, err = c.askOnce(method, path, contentType, body)
+	}
+	return answer, err
+}
+
+func isUnanswered(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)
+}
+
+func (c *Caddy) askOnce(method, path, contentType string, body []byte) ([]byte, error) {
 	request, err := http.NewRequest(method, c.admin+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
