@@ -1,0 +1,261 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/caddy-consul/caddy-consul/caddytest"
+)
+
+const (
+	floodInstances = 5000
+	floodRate      = 100  // changes per second
+	steadyRate     = 1000 // requests per second, whatever the latency
+	floodDuration  = 10 * time.Second
+	floodRounds    = 5
+	followingPause = 300 * time.Millisecond
+)
+
+// updatesResult compares a proxy whose service changes all the time with the
+// same proxy while nothing changes, and with one of static upstreams beside
+// which another process follows the same changes.
+type updatesResult struct {
+	Quiet, Flood, Beside []period
+	Published            []time.Duration // from the last change of a flood
+}
+
+// period is what was measured over some time.
+type period struct {
+	Duration time.Duration
+	P50, P99 time.Duration
+	CPU      time.Duration // of Caddy
+	Written  int           // changes in Consul
+	Answers  int           // of Consul, read by Caddy
+	Sets     int           // published
+}
+
+func measureUpdates(t caddytest.TB, settings *settings, r *results) {
+	s := newStage(t)
+	s.registerNodes()
+	service := serviceOf(floodInstances)
+	s.register(service, 0, floodInstances)
+	s.agent.WaitHealthy(service, floodInstances)
+	ours := s.startProxy("reverse_proxy {\n\tdynamic consul " + service + "\n}")
+	other := s.startProxy(statics(s, 3, ""))
+	generator := newGenerator(t)
+	generator.load(t, ours.url, nil, settings.warmUp) // opens the connections
+	generator.load(t, other.url, nil, settings.warmUp)
+
+	result := new(updatesResult)
+	for round := range floodRounds {
+		quiet := ours.observe(func() { caddytest.Pause(t, floodDuration) })
+
+		before := ours.status(service)
+		var last change
+		var written int
+		flood := ours.observe(func() { written, last = s.flood(service) })
+		published := ours.lag(service, last)
+		after := ours.status(service)
+		flood.Written, flood.Answers, flood.Sets = written, after.Answers-before.Answers, after.Changes-before.Changes
+
+		var beside period
+		s.whileFollowing(service, func() {
+			beside = other.observe(func() { s.flood(service) })
+		})
+		progress("round %d: p99 quiet %v, flood %v, beside %v; %d changes written, %d answers, %d Sets, processor time %v against %v; last change published after %v",
+			round+1, quiet.P99, flood.P99, beside.P99, flood.Written, flood.Answers, flood.Sets, flood.CPU, quiet.CPU, published)
+		result.Quiet, result.Flood, result.Beside = append(result.Quiet, quiet), append(result.Flood, flood), append(result.Beside, beside)
+		result.Published = append(result.Published, published)
+	}
+	r.Updates = result
+}
+
+// observe measures the proxy under steady traffic while something happens.
+func (p *proxy) observe(happens func()) period {
+	p.t.Helper()
+	cpu, start := p.cpu(), time.Now()
+	traffic := caddytest.StartTraffic(p.t, p.url, caddytest.Rate(steadyRate))
+	happens()
+	report := traffic.Stop()
+	report.RequireSuccess(p.t)
+	return period{
+		Duration: time.Since(start),
+		P50:      report.Quantile(0.5),
+		P99:      report.Quantile(0.99),
+		CPU:      p.cpu() - cpu,
+	}
+}
+
+// whileFollowing calls f while this process asks the agent for the instances of
+// a service about as often as Caddy does.
+func (s *stage) whileFollowing(service string, f func()) {
+	s.t.Helper()
+	ctx, stop := context.WithCancel(s.t.Context())
+	var ended sync.WaitGroup
+	ended.Go(func() {
+		options := (&api.QueryOptions{}).WithContext(ctx)
+		for ctx.Err() == nil {
+			meta, err := s.agent.Client().Raw().Query("/v1/health/service/"+service, new(json.RawMessage), options)
+			if err == nil {
+				options.WaitIndex = meta.LastIndex
+			}
+			caddytest.Pause(s.t, followingPause)
+		}
+	})
+	f()
+	stop()
+	ended.Wait()
+}
+
+// change is a change of the check of an instance.
+type change struct {
+	instance string
+	passing  bool
+	at       time.Time // when Consul had taken it
+}
+
+// flood changes checks of the service for a while at a steady rate.
+func (s *stage) flood(service string) (written int, last change) {
+	s.t.Helper()
+	const writers = 4
+	var (
+		mu    sync.Mutex
+		ended sync.WaitGroup
+		down  = make(map[int]bool)
+		stop  = time.Now().Add(floodDuration)
+	)
+	for writer := range writers {
+		ended.Go(func() {
+			tick := time.NewTicker(writers * time.Second / floodRate)
+			defer tick.Stop()
+			for now := range tick.C {
+				if now.After(stop) {
+					return
+				}
+				i := rand.IntN(floodInstances/writers)*writers + writer //nolint:gosec // no secret
+				mu.Lock()
+				down[i] = !down[i]
+				isDown := down[i]
+				mu.Unlock()
+				s.setCheck(service, i, !isDown)
+				mu.Lock()
+				written++
+				last = change{fmt.Sprintf("%s-%d", service, i), !isDown, time.Now()}
+				mu.Unlock()
+			}
+		})
+	}
+	ended.Wait()
+	return written, last
+}
+
+func (s *stage) setCheck(service string, i int, passing bool) {
+	s.t.Helper()
+	status := api.HealthPassing
+	if !passing {
+		status = api.HealthCritical
+	}
+	s.commit(api.TxnOps{s.check(service, i, status)})
+}
+
+// serviceStatus is what Caddy says of a service that it follows.
+type serviceStatus struct {
+	Service    string         `json:"service"`
+	LastChange time.Time      `json:"last_change"`
+	Blocking   bool           `json:"blocking"`
+	Answers    int            `json:"answers"`
+	Changes    int            `json:"changes"`
+	Errors     map[string]int `json:"errors"`
+	Instances  []struct {
+		ID string `json:"id"`
+	} `json:"instances"`
+}
+
+func (s *serviceStatus) has(instance string) bool {
+	for _, i := range s.Instances {
+		if i.ID == instance {
+			return true
+		}
+	}
+	return false
+}
+
+func (p *proxy) status(service string) *serviceStatus {
+	p.t.Helper()
+	all := p.statuses("?service=" + url.QueryEscape(service))
+	if len(all) != 1 {
+		p.t.Fatalf("Caddy follows %d services %s, want 1", len(all), service)
+	}
+	return all[0]
+}
+
+func (p *proxy) statuses(query string) (all []*serviceStatus) {
+	p.t.Helper()
+	if err := json.Unmarshal([]byte(p.Get("/consul/services"+query)), &all); err != nil {
+		p.t.Fatalf("reading what Caddy says of the services that it follows: %v", err)
+	}
+	return all
+}
+
+// lag returns how long after a change the Set was published that shows it.
+func (p *proxy) lag(service string, last change) (lag time.Duration) {
+	p.t.Helper()
+	caddytest.Eventually(p.t, caddytest.Patience, func() error {
+		status := p.status(service)
+		if status.has(last.instance) != last.passing {
+			return fmt.Errorf("Caddy has not published the change of %s", last.instance) //nolint:staticcheck // a name
+		}
+		lag = max(0, status.LastChange.Sub(last.at))
+		return nil
+	})
+	return lag
+}
+
+func (p period) p99() float64 { return float64(p.P99) }
+func (p period) p50() float64 { return float64(p.P50) }
+
+// load is the share of one core.
+func (p period) load() float64 { return p.CPU.Seconds() / p.Duration.Seconds() * 100 }
+
+func (p period) perSecond(n int) float64 { return float64(n) / p.Duration.Seconds() }
+
+func (u *updatesResult) section() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "\n## Updates\n\nA service of %s instances, of which %d change their health in a second, under %s requests/s. Medians of %d rounds of %v each.\n\n",
+		grouped(floodInstances), floodRate, grouped(steadyRate), len(u.Flood), floodDuration)
+	b.WriteString("| | quiet | changing | 3 static upstreams, another process follows |\n| --- | ---: | ---: | ---: |\n")
+	line := func(name string, figure func(period) float64, write func(float64) string) {
+		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", name,
+			write(medianOf(u.Quiet, figure)), write(medianOf(u.Flood, figure)), write(medianOf(u.Beside, figure)))
+	}
+	plain := func(f float64) string { return fmt.Sprintf("%.1f", f) }
+	line("latency, p50", period.p50, milliseconds)
+	line("latency, p99", period.p99, milliseconds)
+	line("processor time of Caddy, % of a core", period.load, plain)
+	fmt.Fprintf(&b, "\np99 is %.2f times the quiet one; %.2f times in the last column, which shows what the agent's own work on the same cores does to it. Following the changes takes %.1f %% of a core. In each second %.0f changes were written, %.1f answers read and %.1f Sets published. The last change of a flood was published after %s (worst %s).\n",
+		medianRatio(u.Flood, u.Quiet, period.p99), medianRatio(u.Beside, u.Quiet, period.p99),
+		medianOf(u.Flood, period.load)-medianOf(u.Quiet, period.load),
+		medianOf(u.Flood, func(p period) float64 { return p.perSecond(p.Written) }),
+		medianOf(u.Flood, func(p period) float64 { return p.perSecond(p.Answers) }),
+		medianOf(u.Flood, func(p period) float64 { return p.perSecond(p.Sets) }),
+		milliseconds(medianOf(u.Published, nanoseconds)), milliseconds(worst(u.Published)))
+	return b.String()
+}
+
+func nanoseconds(d time.Duration) float64 { return float64(d) }
+
+func worst(all []time.Duration) float64 {
+	most := time.Duration(0)
+	for _, d := range all {
+		most = max(most, d)
+	}
+	return float64(most)
+}
