@@ -12,6 +12,8 @@ TEST_TIMEOUT ?= 15m
 # What to test; say `make test PKG=./caddytest TEST='-run Traffic -v'`.
 PKG  ?= ./...
 TEST ?=
+# What to measure; say `make bench BENCH='-only requests -sizes 3,1000'`.
+BENCH ?=
 
 .PHONY: help
 help: ## list the targets
@@ -34,9 +36,25 @@ test: consul ## run all tests, against real Consul agents, with the race detecto
 	@$(if $(RACE),,echo 'No C compiler found: testing without the race detector.')
 	$(GO) test $(RACE) -count=1 -timeout $(TEST_TIMEOUT) $(TEST) $(PKG)
 
+# How long `make soak` takes, but for its second part, and how many requests each
+# operation of that one takes. SOAK_SEED repeats a script.
+SOAK_DURATION ?= 20m
+LOSS_REQUESTS ?= 100000
+LOSS_RATE     ?= 1500
+
+.PHONY: faults
+faults: consul ## the faults of Consul, operations under load and a short soak: some minutes
+	$(GO) test $(RACE) -tags faults -count=1 -timeout $(TEST_TIMEOUT) -run 'Fault|Lose|Soak|Cold|Stale|Keep' ./caddytest
+
+.PHONY: soak
+soak: consul ## 20 minutes of random changes, faults and reloads, then each operation over 100,000 requests
+	SOAK_DURATION=$(SOAK_DURATION) $(GO) test $(RACE) -tags faults -count=1 -timeout 0 -v -run 'TestSoak$$' ./caddytest
+	LOSS_REQUESTS=$(LOSS_REQUESTS) LOSS_RATE=$(LOSS_RATE) \
+		$(GO) test -tags faults -count=1 -timeout 0 -v -run 'LoseNothing|LosesNothing' ./caddytest
+
 .PHONY: bench
-bench: consul ## run the benchmarks
-	$(GO) test -run '^$$' -bench . -benchmem -timeout $(TEST_TIMEOUT) $(TEST) $(PKG)
+bench: build consul ## measure speed: a report, and bench/RESULTS.md; about 20 minutes
+	@CADDY_BIN=bin/caddy $(GO) run ./bench $(BENCH)
 
 .PHONY: lint
 lint: ## check format and code: gofumpt, go vet, staticcheck
@@ -46,6 +64,26 @@ lint: ## check format and code: gofumpt, go vet, staticcheck
 	fi
 	$(GO) vet ./...
 	$(LINT) staticcheck ./...
+
+# How long `make fuzz` tries each target.
+FUZZ_TIME ?= 10s
+
+.PHONY: fuzz
+fuzz: ## try each fuzz target for some seconds: FUZZ_TIME=5m for longer
+	@for package in ./internal/discovery ./consulupstreams; do \
+		for target in $$($(GO) test -list '^Fuzz' $$package | grep '^Fuzz'); do \
+			echo "$$package $$target"; \
+			$(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 10x -parallel 1 $$package || exit; \
+		done; \
+	done
+
+.PHONY: vuln
+vuln: ## look for known vulnerabilities; needs https://vuln.go.dev, or GOVULNDB
+	@report=$$($(LINT) govulncheck ./... 2>&1); code=$$?; printf '%s\n' "$$report"; \
+	case $$report in \
+	*'fetching vulnerabilities'*) echo 'The database of vulnerabilities is out of reach: nothing was checked.' ;; \
+	*) exit $$code ;; \
+	esac
 
 .PHONY: fmt
 fmt: ## format the code
