@@ -43,8 +43,8 @@ LOSS_REQUESTS ?= 100000
 LOSS_RATE     ?= 1500
 
 .PHONY: faults
-faults: consul ## the faults of Consul, operations under load and a short soak: some minutes
-	$(GO) test $(RACE) -tags faults -count=1 -timeout $(TEST_TIMEOUT) -run 'Fault|Lose|Soak|Cold|Stale|Keep' ./caddytest
+faults: consul ## faults of Consul, floods, secrets, operations under load, a short soak: some minutes
+	$(GO) test $(RACE) -tags faults -count=1 -timeout $(TEST_TIMEOUT) -run 'Fault|Lose|Soak|Cold|Stale|Keep|Secrets|Flood|MoreServices' ./caddytest
 
 .PHONY: soak
 soak: consul ## 20 minutes of random changes, faults and reloads, then each operation over 100,000 requests
