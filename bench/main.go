@@ -43,6 +43,7 @@ var parts = []struct {
 func main() {
 	isBackend := flag.Bool("backend", false, "be a process of the backend; for the program itself")
 	only := flag.String("only", "", "measure only these `parts`: "+strings.Join(partNames(), ","))
+	reportOnly := flag.Bool("report", false, "write the report of what earlier runs have measured, and measure nothing")
 	sizes := flag.String("sizes", "3,100,1000,5000", "the `numbers` of instances, for the part requests")
 	s := &settings{}
 	flag.IntVar(&s.rounds, "rounds", 11, "how many `rounds` the contenders go, in the parts requests and names")
@@ -60,7 +61,7 @@ func main() {
 	fail(err)
 	ok := caddytest.Run("bench", func(t caddytest.TB) {
 		for _, part := range parts {
-			if slices.Contains(s.parts, part.name) {
+			if !*reportOnly && slices.Contains(s.parts, part.name) {
 				progress("measuring %s", part.name)
 				part.measure(t, s, r)
 			}

@@ -10,7 +10,7 @@ import (
 	"github.com/caddy-consul/caddy-consul/caddytest"
 )
 
-// maxDNS is how many addresses fit into one answer of DNS, roughly.
+// maxDNS is how many addresses fit into one answer of DNS over TCP, roughly.
 const maxDNS = 3000
 
 // contender is a way to configure the proxy.
@@ -27,23 +27,23 @@ const static = "3 static upstreams"
 var contenders = []contender{
 	{name: static, line: static, directives: func(s *stage, _ int) string { return statics(s, 3, "") }},
 	{name: "static upstreams", directives: func(s *stage, n int) string { return statics(s, n, "") }},
-	{name: "static upstreams, `lb_policy round_robin`", line: "static upstreams (lb_policy round_robin)", directives: func(s *stage, n int) string {
+	{name: "static upstreams, `lb_policy round_robin`", line: "as many static (round_robin)", directives: func(s *stage, n int) string {
 		return statics(s, n, "round_robin")
 	}},
 	{name: "`dynamic a`", line: "dynamic a", directives: func(s *stage, n int) string {
 		if n > maxDNS {
 			return ""
 		}
-		return fmt.Sprintf("reverse_proxy {\n\tdynamic a {\n\t\tname %s.service.consul\n\t\tport %d\n\t\tresolvers %s\n\t}\n}",
+		return fmt.Sprintf("reverse_proxy {\n\tdynamic a {\n\t\tname %s.service.consul\n\t\tport %d\n\t\tresolvers tcp/%s\n\t}\n}",
 			serviceOf(n), s.backend.port, s.dns)
 	}},
-	{name: "`dynamic consul`, `lb_policy round_robin`", line: "dynamic consul, whole list (lb_policy round_robin)", directives: following(serviceOf, "round_robin")},
+	{name: "`dynamic consul`, `lb_policy round_robin`", line: "dynamic consul (round_robin: whole list)", directives: following(serviceOf, "round_robin")},
 	{name: "`dynamic consul`", line: "dynamic consul", directives: following(serviceOf, "")},
 	{name: "`dynamic consul`, instances on 3 addresses", directives: following(crowdedServiceOf, "")},
 	{name: "`lb_policy consul_round_robin`", directives: following(serviceOf, "consul_round_robin")},
 	{name: "`lb_policy consul_random`", directives: following(serviceOf, "consul_random")},
 	{name: "`lb_policy consul_weighted_random`", directives: following(serviceOf, "consul_weighted_random")},
-	{name: "`lb_policy consul_weighted_round_robin`", line: "dynamic consul, lb_policy consul_weighted_round_robin", directives: following(serviceOf, "consul_weighted_round_robin")},
+	{name: "`lb_policy consul_weighted_round_robin`", line: "… (consul_weighted_round_robin)", directives: following(serviceOf, "consul_weighted_round_robin")},
 }
 
 // serviceOf names the service of n instances.
@@ -168,7 +168,8 @@ func (p *proxy) sample(generator generator, hosts []string, duration time.Durati
 // table compares the contenders for n instances.
 func (q *requestsResult) table(n int) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "| %s instances | requests/s | of static | p50 | p99 | CPU per request | of static |\n", grouped(n))
+	fmt.Fprintf(&b, "| %s instances, %d rounds | requests/s | of static | p50 | p99 | CPU per request | of static |\n",
+		grouped(n), len(q.Samples[static]))
 	b.WriteString("| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n")
 	for _, c := range contenders {
 		samples := q.Samples[c.name]

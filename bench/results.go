@@ -110,16 +110,16 @@ func (r *results) requestsSection() string {
 	fmt.Fprintf(&b, `
 ## Requests
 
-Requests per second, and latency, with %d connections that each wait for their answer (%s). Medians of %d rounds in which the contenders, each a Caddy of its own, take turns; a ratio is the median of the rounds' ratios. Every instance has an address of its own.
+Requests per second, and latency, with %d connections that each wait for their answer (%s). Medians over rounds in which the contenders, each a Caddy of its own, take turns; a ratio is the median of the rounds' ratios. Every instance has an address of its own.
 
 - %s: the reference.
 - static upstreams: as many of them as there are instances. Without a policy Caddy looks at all of them, with `+"`round_robin`"+` at one: what is left then is the price of connections to so many addresses.
-- `+"`dynamic a`"+`: Caddy's own source, from the DNS of the same Consul agent. It gives the whole list. An answer has room for some 4,000 instances.
+- `+"`dynamic a`"+`: Caddy's own source, from the DNS of the same Consul agent. It gives the whole list, if asked to resolve over TCP: an answer over UDP has room for some 75 instances, one over TCP for some 4,000.
 - `+"`dynamic consul` with `lb_policy round_robin`"+`: a policy of Caddy's that needs the whole list, and gets it: what any source costs that gives the whole list.
 - `+"`dynamic consul`"+`: this plugin without a policy; the last four, with one of its own. Each instance has an address of its own, but for the row in which all share the reference's three: what that one costs more than the reference is this plugin.
 
-`, connections, first.Generator, len(first.Samples[static]), static)
-	b.WriteString("![Requests per second by the number of instances](speed.svg)\n")
+`, connections, first.Generator, static)
+	b.WriteString("![Requests per second, in % of three static upstreams, by the number of instances](speed.svg)\n")
 	for _, n := range sizes {
 		fmt.Fprintf(&b, "\n%s", r.Requests[n].table(n))
 	}

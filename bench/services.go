@@ -226,7 +226,7 @@ func (r *servicesResult) section() string {
 		fmt.Fprintf(&b, "| %s (%d changes, %d services at once) | %s | %s |\n", name, len(took), changedAtOnce,
 			milliseconds(medianOf(took, nanoseconds)), milliseconds(worst(took)))
 	}
-	fmt.Fprintf(&b, "\nWhile nothing changes, the agent answers %.0f queries a minute, and Caddy takes %s of processor time a minute. A change of one service makes %.0f queries, which take %s of Caddy's processor time.\n",
-		r.Idle, milliseconds(nanoseconds(r.IdleCPU)), r.PerChange, milliseconds(nanoseconds(r.CPUPerChange)))
+	fmt.Fprintf(&b, "\nWhile nothing changes, the agent answers %.0f queries a minute (then one more for each query held, every %d minutes), and Caddy takes %s of processor time a minute. A change of one service makes %.0f queries, which take %s of Caddy's processor time.\n",
+		r.Idle, 5, milliseconds(nanoseconds(r.IdleCPU)), r.PerChange, milliseconds(nanoseconds(r.CPUPerChange)))
 	return b.String()
 }

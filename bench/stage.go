@@ -28,8 +28,6 @@ func newStage(t caddytest.TB) *stage {
 		t: t,
 		agent: caddytest.StartAgent(t,
 			caddytest.WithHCL(fmt.Sprintf(`ports { dns = %d }`, dns)),
-			// lets an answer be larger than a datagram
-			caddytest.WithHCL(`dns_config { enable_truncate = true }`),
 			// shows how many queries the agent has answered
 			caddytest.WithHCL(`telemetry { prometheus_retention_time = "1h"  disable_hostname = true }`)),
 		backend: startBackend(t),
