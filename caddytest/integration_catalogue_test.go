@@ -1,6 +1,7 @@
 package caddytest_test
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -350,6 +351,12 @@ func TestAdminAndMetrics(t *testing.T) {
 	front.serve(reverseProxy(inTurn, consulSource(name, agent, "health warning")))
 	front.awaitBackends("admin.test", "a", "b")
 
+	caddytest.Eventually(t, caddytest.Patience, func() error { // the instances are there a moment before
+		if front.service(name).Answers == 0 {
+			return errors.New("/consul/services: got no answer of Consul counted, want one")
+		}
+		return nil
+	})
 	got := front.service(name)
 	if got.State != "following" || got.Agent != agent.Address() || got.Index == 0 || got.Answers == 0 || got.InstanceCount != 2 {
 		t.Errorf("/consul/services: got %+v, want 2 instances, followed at %s", got, agent.Address())
