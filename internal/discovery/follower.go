@@ -150,6 +150,9 @@ var errUnconfirmed = errors.New("the answer is not confirmed")
 // answered hands an answer on and settles what to ask next.
 func (f *follower) answered(ctx context.Context, a *answer) {
 	defer a.release()
+	f.answers.Add(1) // before what is made of it can be seen
+	f.heard.Store(time.Now().UnixNano())
+	f.reached.Store(a.index)
 	start := time.Now()
 	switch err := f.take(a); {
 	case errors.Is(err, errUnconfirmed):
@@ -160,9 +163,6 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 		return
 	}
 	f.pacer.answered(time.Since(start) + time.Duration(len(a.body))*agentCostPerByte)
-	f.answers.Add(1)
-	f.heard.Store(time.Now().UnixNano())
-	f.reached.Store(a.index)
 	if failure := f.failing.Swap(nil); failure != nil {
 		f.loggers.newest().Info("Consul answers again", f.subject, zap.Duration("after", time.Since(failure.since)))
 	}
