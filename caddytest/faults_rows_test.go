@@ -92,8 +92,9 @@ func playAnswerFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) {
 	server := caddytest.StartFaultServer(t, agent)
 	s := newStage(t, caddy, agent, server.Address())
 	huge := "[" + strings.Repeat("Consul ", 100<<20/7)
-	var backwards, flaps atomic.Uint64
-	backwards.Store(1 << 40)
+	// All indices are lower than the agent's own: a query with a higher one would
+	// be held until its wait is over when the fault has ended.
+	var answers atomic.Uint64
 	paced := func(before following) {
 		// what takes no time to read is paced at 25 ms
 		if got, most := s.follows().Answers-before.Answers, 3*int(faultLasts/(25*time.Millisecond)); got > most {
@@ -112,7 +113,7 @@ func playAnswerFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) {
 		{fault{name: "503", kind: "server"}, answering(503, "", "upstream connect error")},
 		{fault{name: "403", kind: "forbidden"}, answering(403, "", "Permission denied")},
 		{fault{name: "no index, as from something else", kind: "answer"}, answering(200, "", "[]")},
-		{fault{name: "index goes backwards", during: paced}, present(func() uint64 { return backwards.Add(^uint64(0)) })},
+		{fault{name: "index goes backwards", during: paced}, present(func() uint64 { return 8 + answers.Add(1)%2 })},
 		{fault{name: "index 0", kind: "index", silent: true, during: paced}, present(func() uint64 { return 0 })},
 		{fault{name: "index stands still, nothing blocks", during: paced}, present(func() uint64 { return 7 })},
 		{fault{name: "answers flap between one instance and all", during: paced}, func(w http.ResponseWriter, r *http.Request, ask func() []byte) {
@@ -121,7 +122,7 @@ func playAnswerFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) {
 				t.Errorf("the agent itself told of %d instances, %v", len(all), err)
 				return
 			}
-			some, _ := json.Marshal(all[:1+int(flaps.Add(1)%2)*(len(all)-1)])
+			some, _ := json.Marshal(all[:1+int(answers.Add(1)%2)*(len(all)-1)])
 			answering(200, "9", string(some))(w, r, ask)
 		}},
 		{fault{name: "empty answers, with `keep_last_on_empty`", options: "keep_last_on_empty 1m"}, answering(200, "9", "[]")},
@@ -301,6 +302,12 @@ func playClusterFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) 
 		end: func() {
 			cluster.Rejoin(asked)
 			asked.WaitReady()
+		},
+		during: func(following) {
+			other.WaitHealthy(s.service, 3)
+			if got := s.follows().InstanceCount; got != 2 {
+				t.Errorf("instances known while the agent is cut off: got %d, want 2", got)
+			}
 		},
 		change: func() {}, // it was made elsewhere meanwhile
 		undo:   func() { other.Deregister(s.spare.Name()) },

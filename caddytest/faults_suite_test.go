@@ -235,6 +235,8 @@ func (s *stage) play(table *faultTable, f fault) {
 		s.options = f.options
 		if f.change == nil {
 			f.change = func() { s.agent.Register(s.spare.Service(s.service)) }
+		}
+		if f.undo == nil {
 			f.undo = func() { s.agent.Deregister(s.spare.Name()) }
 		}
 		s.open()

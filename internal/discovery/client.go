@@ -120,6 +120,9 @@ func baseURL(config *api.Config) (base, socket string, err error) {
 	if !hasScheme {
 		scheme, address = cmp.Or(config.Scheme, "http"), config.Address
 	}
+	if isPath := scheme == "unix" && strings.HasPrefix(address, "/"); strings.Contains(config.Address, "@") && !isPath { // not to be repeated in the log
+		return "", "", errors.New("the address of Consul has a user or password; CONSUL_HTTP_AUTH is the place for them")
+	}
 	switch scheme {
 	case "unix":
 		if !strings.HasPrefix(address, "/") {
@@ -133,9 +136,6 @@ func baseURL(config *api.Config) (base, socket string, err error) {
 	case "https":
 	default:
 		return "", "", fmt.Errorf("address %q of Consul: scheme %q is not known: want http, https or unix", config.Address, scheme)
-	}
-	if strings.Contains(address, "@") { // not to be repeated in the log
-		return "", "", errors.New("the address of Consul has a user or password; CONSUL_HTTP_AUTH is the place for them")
 	}
 	u, err := url.Parse(scheme + "://" + address)
 	if err != nil || u.Hostname() == "" || u.RawQuery != "" || u.Fragment != "" || !isPort(u.Port()) || strings.ContainsAny(address, "{} ") {
