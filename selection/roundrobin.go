@@ -29,8 +29,8 @@ func init() {
 // lock, however large the service is.
 type RoundRobin struct {
 	phase  uint64
-	robins perOrigin[robin] // of nominations
-	turn   atomic.Uint64    // of selections
+	robins endpoint.PerOrigin[robin] // of nominations
+	turn   atomic.Uint64             // of selections
 }
 
 // CaddyModule returns the Caddy module information.
@@ -56,7 +56,7 @@ func (p *RoundRobin) Provision(caddy.Context) error {
 
 // Nominate deals the next endpoint of set.
 func (p *RoundRobin) Nominate(set *endpoint.Set, _ *http.Request) int {
-	return p.robins.of(set.Origin()).next(set, p.phase)
+	return p.robins.Of(set.Origin()).next(set, p.phase)
 }
 
 // Share is the same for every endpoint that may get traffic.

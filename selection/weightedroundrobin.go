@@ -36,8 +36,8 @@ func init() {
 // lock.
 type WeightedRoundRobin struct {
 	phase uint64
-	turns perOrigin[atomic.Uint64] // of nominations
-	turn  atomic.Uint64            // of selections
+	turns endpoint.PerOrigin[atomic.Uint64] // of nominations
+	turn  atomic.Uint64                     // of selections
 }
 
 // CaddyModule returns the Caddy module information.
@@ -65,7 +65,7 @@ func (p *WeightedRoundRobin) Provision(caddy.Context) error {
 // if two that are asked for by turns shared one, each would see only every
 // other of its turns.
 func (p *WeightedRoundRobin) Nominate(set *endpoint.Set, _ *http.Request) int {
-	return set.Rotation().At(p.phase + p.turns.of(set.Origin()).Add(1))
+	return set.Rotation().At(p.phase + p.turns.Of(set.Origin()).Add(1))
 }
 
 // Share is the endpoint's weight.

@@ -1,34 +1,36 @@
-package selection
+package endpoint
 
 import (
 	"sync"
 	"sync/atomic"
-
-	"github.com/caddy-consul/caddy-consul/internal/endpoint"
 )
 
-// maxOrigins bounds how many services a policy keeps a state for. Handlers with
+// maxOrigins bounds how many services a proxy keeps a state for. Handlers with
 // placeholders in the service name may see any number of them come and go.
 const maxOrigins = 1024
 
-// perOrigin holds a state of type S for each origin that a policy has seen: the
-// zero S at first. Almost every policy sees one origin only, which is found
-// without a map. The zero value is ready.
-type perOrigin[S any] struct {
+// PerOrigin holds a state of type S for each origin that a proxy has seen: the
+// zero S at first. Almost every proxy sees one origin only, which is found
+// without a map. The zero value is ready, and any number of goroutines may use
+// it.
+//
+// S must be something that an origin can lose, as a turn is: if there are too
+// many origins, their states are forgotten.
+type PerOrigin[S any] struct {
 	first atomic.Pointer[originState[S]]
-	rest  sync.Map // *endpoint.Origin to *S
+	rest  sync.Map // *Origin to *S
 
 	mu       sync.Mutex // held to add an origin
 	restSize int
 }
 
 type originState[S any] struct {
-	origin *endpoint.Origin
+	origin *Origin
 	state  S
 }
 
-// of returns the state for origin.
-func (o *perOrigin[S]) of(origin *endpoint.Origin) *S {
+// Of returns the state for origin.
+func (o *PerOrigin[S]) Of(origin *Origin) *S {
 	if first := o.first.Load(); first != nil && first.origin == origin {
 		return &first.state
 	}
@@ -40,8 +42,8 @@ func (o *perOrigin[S]) of(origin *endpoint.Origin) *S {
 
 // add starts a state for origin unless another request has just done so. If
 // there are too many, it forgets them: the origins that are still in use start
-// again, which costs each no more than the evenness of one round.
-func (o *perOrigin[S]) add(origin *endpoint.Origin) *S {
+// again.
+func (o *PerOrigin[S]) add(origin *Origin) *S {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	first := o.first.Load()
