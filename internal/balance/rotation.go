@@ -214,11 +214,10 @@ func descend(forks []fork, n uint64) int {
 		rank, fraction := bits.Mul64(n, f.slope)
 		fraction, up := bits.Add64(fraction, 1<<63, 0)
 		rank += up
-		if _, isLeft := bits.Add64(fraction, f.slope, 0); isLeft != 0 {
-			n, node = rank, f.left
-		} else {
-			n, node = n-rank, f.right
-		}
+		_, isLeft := bits.Add64(fraction, f.slope, 0)
+		left := -isLeft // all ones or none: which side it is can't be predicted, so a branch would cost more
+		n = rank&left | (n-rank)&^left
+		node = f.left&int32(left) | f.right&^int32(left)
 	}
 	return int(^node)
 }
