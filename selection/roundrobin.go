@@ -1,7 +1,6 @@
 package selection
 
 import (
-	"cmp"
 	"net/http"
 	"slices"
 	"sync/atomic"
@@ -138,28 +137,24 @@ func newLap(set *endpoint.Set, before *lap, phase uint64) *lap {
 func placeAfter(last *endpoint.Endpoint, lastPlace int, set *endpoint.Set) int {
 	places := set.Eligible()
 	next, isThere := slices.BinarySearchFunc(places, last, func(i int32, last *endpoint.Endpoint) int {
-		return byNodeAndID(set.At(int(i)), last)
+		return set.At(int(i)).Compare(last)
 	})
 	if isThere {
 		return next + 1
 	}
 	found := slices.IndexFunc(places, func(i int32) bool {
-		return byNodeAndID(set.At(int(i)), last) == 0
+		return set.At(int(i)).Compare(last) == 0
 	})
 	if found >= 0 {
 		return found + 1
 	}
 	isOrdered := slices.IsSortedFunc(places, func(i, j int32) int {
-		return byNodeAndID(set.At(int(i)), set.At(int(j)))
+		return set.At(int(i)).Compare(set.At(int(j)))
 	})
 	if isOrdered {
 		return next
 	}
 	return lastPlace
-}
-
-func byNodeAndID(a, b *endpoint.Endpoint) int {
-	return cmp.Or(cmp.Compare(a.Node, b.Node), cmp.Compare(a.ID, b.ID))
 }
 
 // Interface guards

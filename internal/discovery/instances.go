@@ -1,7 +1,6 @@
 package discovery
 
 import (
-	"cmp"
 	"fmt"
 	"maps"
 	"net"
@@ -121,9 +120,7 @@ func (q *Query) sort(endpoints []endpoint.Endpoint) {
 	if q.Near != "" {
 		return
 	}
-	order := func(a, b endpoint.Endpoint) int {
-		return cmp.Or(strings.Compare(a.Node, b.Node), strings.Compare(a.ID, b.ID))
-	}
+	order := func(a, b endpoint.Endpoint) int { return a.Compare(&b) }
 	if !slices.IsSortedFunc(endpoints, order) {
 		slices.SortStableFunc(endpoints, order)
 	}

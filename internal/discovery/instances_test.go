@@ -171,7 +171,7 @@ func TestHealthLevels(t *testing.T) {
 	} {
 		t.Run(string(health), func(t *testing.T) {
 			query := Query{Service: "web", Health: health}
-			wantNodes(t, "", endpoint.NewSet(nil, read(t, query, all...).endpoints), want...)
+			wantNodes(t, "", endpoint.NewSet(new(endpoint.Origin), read(t, query, all...).endpoints), want...)
 		})
 	}
 }
@@ -237,7 +237,7 @@ func TestUnwantedTags(t *testing.T) {
 	}
 	query := Query{Service: "web", Health: HealthPassing, NotTags: []string{"canary", "Old"}}
 	got := read(t, query, tagged("a"), tagged("b", "v2"), tagged("c", "v2", "CANARY"), tagged("d", "old"), tagged("e", "canary2"))
-	wantNodes(t, "without the tags canary and Old", endpoint.NewSet(nil, got.endpoints), "a", "b", "e")
+	wantNodes(t, "without the tags canary and Old", endpoint.NewSet(new(endpoint.Origin), got.endpoints), "a", "b", "e")
 }
 
 // Instances keep their places, on which rotations and hashes rest, whatever

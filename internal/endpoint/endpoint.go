@@ -8,7 +8,10 @@
 // meet here.
 package endpoint
 
-import "strings"
+import (
+	"cmp"
+	"strings"
+)
 
 // Status is the health of an instance: the worst of its checks, as Consul
 // aggregates them.
@@ -56,6 +59,12 @@ type Endpoint struct {
 	// Tags and Meta are the service's own.
 	Tags []string
 	Meta map[string]string
+}
+
+// Compare orders endpoints as those of a Set are by default: by node and ID, so
+// that one that doesn't change keeps its place among the others.
+func (e *Endpoint) Compare(other *Endpoint) int {
+	return cmp.Or(strings.Compare(e.Node, other.Node), strings.Compare(e.ID, other.ID))
 }
 
 // IsDialledAs reports whether hostport, which is the value of Caddy's

@@ -1,6 +1,10 @@
 package endpoint
 
-import "github.com/caddy-consul/caddy-consul/internal/balance"
+import (
+	"sync/atomic"
+
+	"github.com/caddy-consul/caddy-consul/internal/balance"
+)
 
 // Origin is the identity of a query: every Set made of its successive answers
 // points to the same Origin, so that a policy can carry its position from one
@@ -8,6 +12,8 @@ import "github.com/caddy-consul/caddy-consul/internal/balance"
 type Origin struct {
 	// Name says for logs and errors what the query asks for.
 	Name string
+
+	answers atomic.Uint64
 }
 
 // Set is an immutable snapshot of the instances of a service, in a stable
@@ -15,6 +21,7 @@ type Origin struct {
 // goroutines may read it.
 type Set struct {
 	origin    *Origin
+	number    uint64 // among the Sets of the origin
 	endpoints []Endpoint
 	eligible  []int32
 	alias     *balance.Alias
@@ -24,7 +31,7 @@ type Set struct {
 // NewSet returns a Set of the endpoints, which it takes over: the caller must
 // not touch them again.
 func NewSet(origin *Origin, endpoints []Endpoint) *Set {
-	s := &Set{origin: origin, endpoints: endpoints}
+	s := &Set{origin: origin, number: origin.answers.Add(1), endpoints: endpoints}
 	if len(endpoints) == 0 {
 		return s
 	}
@@ -49,6 +56,10 @@ func NewSet(origin *Origin, endpoints []Endpoint) *Set {
 
 // Origin returns the identity of the query that s answers.
 func (s *Set) Origin() *Origin { return s.origin }
+
+// IsOlderThan reports whether s was made before another Set of the same Origin,
+// as is the one that a request still holds while the next has already come.
+func (s *Set) IsOlderThan(other *Set) bool { return s.number < other.number }
 
 // Len returns the number of endpoints.
 func (s *Set) Len() int { return len(s.endpoints) }

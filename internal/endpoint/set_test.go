@@ -61,3 +61,12 @@ func TestStatusNames(t *testing.T) {
 		}
 	}
 }
+
+// A request that still holds the Set before must not pass for one with news.
+func TestSetsAreOrderedByAge(t *testing.T) {
+	origin := new(endpoint.Origin)
+	before, after := endpoint.NewSet(origin, nil), endpoint.NewSet(origin, nil)
+	if !before.IsOlderThan(after) || after.IsOlderThan(before) || after.IsOlderThan(after) {
+		t.Error("of two Sets: got another one for the older, want the one that was made first")
+	}
+}
