@@ -2,8 +2,6 @@ package consulupstreams
 
 import (
 	"net/http"
-	"slices"
-	"sync"
 	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
@@ -13,81 +11,37 @@ import (
 )
 
 // availability remembers, for one proxy, the upstream that Caddy provisioned
-// last for each address. It carries what Caddy alone knows: failures, requests
+// last for each instance. It carries what Caddy alone knows: failures, requests
 // under way, the circuit breaker. So an instance that Caddy would refuse is not
 // nominated, and no request gets a 503 while another instance would serve it.
 //
-// An upstream is remembered after Caddy has stored into it, and is only read
-// from then on.
-//
 // A nil availability is that of a proxy that refuses nothing.
 type availability struct {
-	upstreams sync.Map // dial address → *reverseproxy.Upstream
-	count     atomic.Int64
+	ledgers endpoint.PerOrigin[atomic.Pointer[ledger]]
 }
 
-// isAvailable reports whether Caddy would use e, as far as is known.
-func (a *availability) isAvailable(e *endpoint.Endpoint) bool {
+// of returns the ledger of set.
+//
+// What requests note in the ledger before, while the next one is made, is lost,
+// and so is what a request notes that still holds an older Set. Both only make
+// an instance pass for unseen again, which costs a request a longer offer; what
+// Caddy knows of the instance is kept by Caddy.
+func (a *availability) of(set *endpoint.Set) *ledger {
 	if a == nil {
-		return true
+		return nil
 	}
-	upstream := a.upstream(e)
-	return upstream == nil || upstream.Available()
-}
-
-// mayRefuse reports whether Caddy has not been seen to make anything of e.
-func (a *availability) mayRefuse(e *endpoint.Endpoint) bool {
-	return a != nil && a.upstream(e) == nil
-}
-
-func (a *availability) upstream(e *endpoint.Endpoint) *reverseproxy.Upstream {
-	value, _ := a.upstreams.Load(e.Dial)
-	upstream, _ := value.(*reverseproxy.Upstream)
-	return upstream
-}
-
-// withUnseen adds to index, if one of it is unseen, all others that are: Caddy may
-// refuse any number of them, as after a reload, and only it knows. It has seen
-// them all then, so each costs this once.
-func (a *availability) withUnseen(index []int32, set *endpoint.Set, o *endpoint.Offer) []int32 {
-	if !slices.ContainsFunc(index, func(at int32) bool { return a.mayRefuse(set.At(int(at))) }) {
-		return index
-	}
-	chosen := index
-	for _, at := range set.Eligible() {
-		e := set.At(int(at))
-		if a.mayRefuse(e) && !o.HasTried(e) && !slices.Contains(chosen, at) {
-			index = append(index, at)
+	latest := a.ledgers.Of(set.Origin())
+	for {
+		before := latest.Load()
+		if before != nil && before.set == set {
+			return before
 		}
-	}
-	return index
-}
-
-// remember takes note of an upstream of e that Caddy has provisioned.
-func (a *availability) remember(upstream *reverseproxy.Upstream, e *endpoint.Endpoint, set *endpoint.Set) {
-	present := a.upstream(e)
-	if present != nil && present.Host == upstream.Host {
-		return
-	}
-	if _, replaced := a.upstreams.Swap(e.Dial, upstream); !replaced {
-		if a.count.Add(1) > 2*int64(set.Len())+64 {
-			a.forgetAllBut(set)
+		l := newLedger(set, before)
+		if before != nil && set.IsOlderThan(before.set) {
+			return l // for this request alone: the others must not go back
 		}
-	}
-}
-
-// forgetAllBut drops what has left the service, so that the memory follows its
-// size.
-func (a *availability) forgetAllBut(set *endpoint.Set) {
-	present := make(map[string]bool, set.Len())
-	for i := range set.Len() {
-		present[set.At(i).Dial] = true
-	}
-	for dial := range a.upstreams.Range {
-		if !present[dial.(string)] {
-			if _, loaded := a.upstreams.LoadAndDelete(dial); loaded {
-				a.count.Add(-1)
-			}
+		if latest.CompareAndSwap(before, l) {
+			return l
 		}
 	}
 }
@@ -108,8 +62,9 @@ func (w *witness) Select(pool reverseproxy.UpstreamPool, r *http.Request, rw htt
 	if o == nil || !o.Is(pool) {
 		return w.policy.Select(pool, r, rw)
 	}
-	for upstream, e := range o.All {
-		w.known.remember(upstream, e, o.Set())
+	known := w.known.of(o.Set())
+	for upstream, i := range o.All {
+		known.remember(upstream, i)
 	}
 	if _, nominated := w.source.offering.(*nominated); !nominated {
 		if upstream := w.policy.Select(pool, r, rw); upstream != nil {
@@ -118,7 +73,7 @@ func (w *witness) Select(pool reverseproxy.UpstreamPool, r *http.Request, rw htt
 	} else if upstream := w.nominee(o, pool[0]); upstream != nil {
 		return upstream
 	}
-	return w.any(o)
+	return w.any(o, known)
 }
 
 // nominee returns the first one offered, or if Caddy would not use it, one of
@@ -128,8 +83,8 @@ func (w *witness) nominee(o *endpoint.Offer, first *reverseproxy.Upstream) (choi
 		return first
 	}
 	var draw balance.Reservoir
-	for upstream, e := range o.All {
-		if upstream.Available() && draw.Offer(w.share(e)) {
+	for upstream, i := range o.All {
+		if upstream.Available() && draw.Offer(w.share(o.Set().At(i))) {
 			choice = upstream
 		}
 	}
@@ -139,13 +94,12 @@ func (w *witness) nominee(o *endpoint.Offer, first *reverseproxy.Upstream) (choi
 // any returns an available upstream that is not among the nominees, all of
 // which became unavailable while they were being nominated. One that the request
 // has tried is better than none.
-func (w *witness) any(o *endpoint.Offer) *reverseproxy.Upstream {
-	set := o.Set()
+func (w *witness) any(o *endpoint.Offer, known *ledger) *reverseproxy.Upstream {
 	var untried, tried balance.Reservoir
 	choice, lastResort := -1, -1
-	for i := range set.Len() {
-		e := set.At(i)
-		if upstream := w.known.upstream(e); upstream == nil || !upstream.Available() {
+	for i := range known.set.Len() {
+		e := known.set.At(i)
+		if upstream := known.upstream(i); upstream == nil || !upstream.Available() {
 			continue
 		}
 		switch {
@@ -163,7 +117,7 @@ func (w *witness) any(o *endpoint.Offer) *reverseproxy.Upstream {
 	if choice < 0 {
 		return nil
 	}
-	upstream := w.known.upstream(set.At(choice))
+	upstream := known.upstream(choice)
 	o.Add(upstream, choice)
 	return upstream
 }

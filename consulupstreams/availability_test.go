@@ -3,10 +3,13 @@ package consulupstreams
 import (
 	"fmt"
 	"net/http"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
+	"weak"
 
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"github.com/hashicorp/consul/api"
 
 	"github.com/caddy-consul/caddy-consul/internal/balance/balancetest"
@@ -193,6 +196,17 @@ func TestNoRequestIsRefusedWhileAnInstanceIsFree(t *testing.T) {
 	})
 }
 
+// knownOf is what the proxy remembers of its instances.
+func knownOf(p *proxy) *ledger {
+	switch o := p.source.offering.(type) {
+	case *nominated:
+		return o.known.of(p.set())
+	case *sampled:
+		return o.known.of(p.set())
+	}
+	return nil
+}
+
 func TestMemoryOfAvailabilityFollowsTheService(t *testing.T) {
 	forEachNominating(t, func(t *testing.T, policy object) {
 		consul := newFakeConsul(t)
@@ -202,31 +216,79 @@ func TestMemoryOfAvailabilityFollowsTheService(t *testing.T) {
 		}
 		consul.set(instance(1))
 		p := newProxy(t, consul, config, nil)
-		var known *availability
-		switch o := p.source.offering.(type) {
-		case *nominated:
-			known = o.known
-		case *sampled:
-			known = o.known
-		}
-		const size = 20
-		for range 30 { // deployments
+		const size, deployments = 20, 30
+		var remembered []weak.Pointer[reverseproxy.Upstream]
+		for range deployments {
 			entries := instances(size, 1)
 			consul.set(entries...)
 			p.await(t, entries...)
 			for range 10 * size {
 				wantStatus(t, "request", p.get(), http.StatusOK)
 			}
+			for i := range size {
+				if upstream := knownOf(p).upstream(i); upstream != nil {
+					remembered = append(remembered, weak.Make(upstream))
+				}
+			}
 		}
+		if len(remembered) < deployments*size*9/10 {
+			t.Errorf("instances remembered at any time: got %d, want almost all of %d", len(remembered), deployments*size)
+		}
+		runtime.GC()
 		count := 0
-		for range known.upstreams.Range {
-			count++
+		for _, upstream := range remembered {
+			if upstream.Value() != nil {
+				count++
+			}
 		}
-		if count > 5*size+100 {
-			t.Errorf("instances remembered of a service with %d, after 30 deployments: got %d, want at most %d", size, count, 5*size+100)
+		if count > 3*size {
+			t.Errorf("instances remembered of a service with %d, after %d deployments: got %d, want at most %d", size, deployments, count, 3*size)
 		}
-		if got := int(known.count.Load()); got != count {
-			t.Errorf("count of what is remembered: got %d, want %d", got, count)
+		runtime.KeepAlive(p)
+	})
+}
+
+// A request may be between its offer and its choice when the service changes,
+// even twice.
+func TestARequestThatIsLate(t *testing.T) {
+	forEachNominating(t, func(t *testing.T, policy object) {
+		consul := newFakeConsul(t)
+		all := instances(6, 1)
+		consul.set(all[:4]...)
+		p := newProxy(t, consul, object{
+			"load_balancing": balancing(policy, 0),
+			"health_checks":  object{"passive": object{"fail_duration": "1h"}},
+		}, nil)
+		p.await(t, all[:4]...)
+		serve := func() {
+			t.Helper()
+			for range 100 { // Caddy has seen each instance then
+				wantStatus(t, "request", p.get(), http.StatusOK)
+			}
+		}
+		serve()
+		_, late := newRequest()
+		pool, err := p.source.GetUpstreams(late)
+		if err != nil {
+			t.Fatalf("upstreams: got error %v, want none", err)
+		}
+		for i := range 2 {
+			now := all[i+1 : i+5]
+			consul.set(now...)
+			p.await(t, now...)
+			serve()
+		}
+		offeredBefore := len(offered(t, p))
+		for _, upstream := range pool {
+			upstream.Host = new(reverseproxy.Host)
+		}
+		if got := p.LoadBalancing.SelectionPolicy.Select(pool, late, nil); got == nil {
+			t.Error("late request: got no upstream, want one of those that it was offered")
+		}
+		for range 50 {
+			if got := len(offered(t, p)); got != offeredBefore {
+				t.Fatalf("upstreams offered after a late request: got %d, want %d as before", got, offeredBefore)
+			}
 		}
 	})
 }

@@ -111,9 +111,9 @@ func (whole) offer(set *endpoint.Set, o *endpoint.Offer, _ *http.Request) []*rev
 // before the first attempt too.
 func othersAreAvailable(o *endpoint.Offer) bool {
 	first := true
-	for upstream, e := range o.All {
+	for upstream, i := range o.All {
 		first = false
-		if !o.HasTried(e) && upstream.Available() {
+		if !o.HasTried(o.Set().At(i)) && upstream.Available() {
 			return true
 		}
 	}
@@ -127,39 +127,40 @@ type nominated struct {
 }
 
 func (n *nominated) offer(set *endpoint.Set, o *endpoint.Offer, r *http.Request) []*reverseproxy.Upstream {
-	nominee := n.draw(set, o, r)
+	known := n.known.of(set)
+	nominee := n.draw(set, known, o, r)
 	switch {
-	case n.known == nil:
+	case known == nil:
 		return o.One(set, nominee)
-	case n.known.mayRefuse(set.At(nominee)):
-		return o.Some(set, n.known.withUnseen([]int32{int32(nominee)}, set, o))
+	case known.mayRefuse(nominee):
+		return o.Some(set, known.withUnseen([]int32{int32(nominee)}, o))
 	}
 	return o.OneToKeep(set, nominee)
 }
 
 // draw returns a nominee that this request hasn't tried and that Caddy would
 // use, as far as is known.
-func (n *nominated) draw(set *endpoint.Set, o *endpoint.Offer, r *http.Request) int {
+func (n *nominated) draw(set *endpoint.Set, known *ledger, o *endpoint.Offer, r *http.Request) int {
+	usable := func(i int) bool { return !o.HasTried(set.At(i)) && known.isAvailable(i) }
 	for range maxDraws {
-		nominee := n.by.Nominate(set, r)
-		if e := set.At(nominee); !o.HasTried(e) && n.known.isAvailable(e) {
+		if nominee := n.by.Nominate(set, r); usable(nominee) {
 			return nominee
 		}
 	}
-	if nominee, ok := n.scan(set, func(e *endpoint.Endpoint) bool { return !o.HasTried(e) && n.known.isAvailable(e) }); ok {
+	if nominee, ok := n.scan(set, usable); ok {
 		return nominee
 	}
-	if nominee, ok := n.scan(set, n.known.isAvailable); ok {
+	if nominee, ok := n.scan(set, known.isAvailable); ok {
 		return nominee
 	}
 	return n.by.Nominate(set, r)
 }
 
 // scan draws among all endpoints that are usable, in proportion.
-func (n *nominated) scan(set *endpoint.Set, usable func(*endpoint.Endpoint) bool) (nominee int, ok bool) {
+func (n *nominated) scan(set *endpoint.Set, usable func(i int) bool) (nominee int, ok bool) {
 	var draw balance.Reservoir
 	for i := range set.Len() {
-		if e := set.At(i); usable(e) && draw.Offer(n.by.Share(e)) {
+		if usable(i) && draw.Offer(n.by.Share(set.At(i))) {
 			nominee, ok = i, true
 		}
 	}
@@ -173,18 +174,16 @@ type sampled struct {
 }
 
 func (s *sampled) offer(set *endpoint.Set, o *endpoint.Offer, _ *http.Request) []*reverseproxy.Upstream {
+	known := s.known.of(set)
 	eligible := set.Eligible()
-	usable := func(at int32) bool {
-		e := set.At(int(at))
-		return !o.HasTried(e) && s.known.isAvailable(e)
-	}
+	usable := func(at int32) bool { return !o.HasTried(set.At(int(at))) && known.isAvailable(int(at)) }
 	index := make([]int32, 0, s.size)
 	if len(eligible) > s.size {
 		for range maxDraws * s.size {
 			at := eligible[rand.IntN(len(eligible))]
 			if !slices.Contains(index, at) && usable(at) {
 				if index = append(index, at); len(index) == s.size {
-					return o.Some(set, s.known.withUnseen(index, set, o))
+					return o.Some(set, known.withUnseen(index, o))
 				}
 			}
 		}
@@ -200,5 +199,5 @@ func (s *sampled) offer(set *endpoint.Set, o *endpoint.Offer, _ *http.Request) [
 	}
 	// the policy prefers the first one of those that are idle
 	rand.Shuffle(len(index), func(i, j int) { index[i], index[j] = index[j], index[i] })
-	return o.Some(set, s.known.withUnseen(index[:min(s.size, len(index))], set, o))
+	return o.Some(set, known.withUnseen(index[:min(s.size, len(index))], o))
 }

@@ -121,10 +121,10 @@ func (o *Offer) Is(pool []*reverseproxy.Upstream) bool {
 	return len(pool) > 0 && len(pool) == len(o.pool) && pool[0] == o.pool[0]
 }
 
-// All calls yield with each upstream offered last and its endpoint.
-func (o *Offer) All(yield func(*reverseproxy.Upstream, *Endpoint) bool) {
-	for i, u := range o.pool {
-		if !yield(u, o.set.At(int(o.index[i]))) {
+// All calls yield with each upstream offered last and the index of its endpoint.
+func (o *Offer) All(yield func(u *reverseproxy.Upstream, i int) bool) {
+	for at, u := range o.pool {
+		if !yield(u, int(o.index[at])) {
 			return
 		}
 	}

@@ -54,7 +54,8 @@ func TestAnOfferIsWhatWasAskedFor(t *testing.T) {
 		t.Error("the offer takes another pool for its own")
 	}
 	var got []string
-	for u, e := range o.All {
+	for u, i := range o.All {
+		e := set.At(i)
 		if u.Dial != e.Dial {
 			t.Errorf("upstream %s stands for the endpoint %s", u.Dial, e.Dial)
 		}
