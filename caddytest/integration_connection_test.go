@@ -109,6 +109,25 @@ func TestNearerSettingsWin(t *testing.T) {
 	front.awaitBackends("environment.test", "web")
 }
 
+// A token of the source's own goes before all that the environment says of tokens.
+func TestItsOwnTokenGoesBeforeTheEnvironments(t *testing.T) {
+	agent := caddytest.StartAgent(t, caddytest.WithACLs())
+	startInstances(t, agent, "web", "web")
+	wrong := filepath.Join(t.TempDir(), "wrong")
+	writeFile(t, wrong, "00000000-0000-4000-8000-000000000bad")
+	right := filepath.Join(t.TempDir(), "right")
+	writeFile(t, right, readingToken(t, agent, "web"))
+	t.Setenv("CONSUL_HTTP_TOKEN", strings.TrimSpace(readFile(t, wrong)))
+	t.Setenv("CONSUL_HTTP_TOKEN_FILE", wrong)
+	front := startFront(t)
+	for _, option := range []string{"token " + strings.TrimSpace(readFile(t, right)), "token_file " + right} {
+		front.Load(front.site("", reverseProxy(consulSource("web", agent, option))))
+		front.awaitBackends("web.test", "web")
+		front.serve(`respond "nothing"`) // nothing of it is shared with the next
+	}
+	wantLines(t, front.Logs(), 0, failing)
+}
+
 // JSON says the same as a Caddyfile does.
 func TestConnectionInJSON(t *testing.T) {
 	agent := caddytest.StartAgent(t, caddytest.WithTLS())

@@ -9,6 +9,10 @@ import (
 const (
 	backoffBase = 100 * time.Millisecond
 	backoffCap  = 30 * time.Second
+
+	// refusedCap is the cap where nobody listens: to ask costs neither side
+	// anything, and an agent that is restarted is soon back.
+	refusedCap = 5 * time.Second
 )
 
 // backoff spaces out attempts that fail: exponentially longer, with full
@@ -19,17 +23,21 @@ type backoff struct {
 	failures int
 }
 
-// ceiling is the longest that the next pause may take.
-func (b *backoff) ceiling() time.Duration {
-	if b.failures >= 9 { // 100 ms × 2⁹ > 30 s
-		return backoffCap
+// ceiling is the longest that the pause after a failure of a kind may take.
+func (b *backoff) ceiling(kind errorKind) time.Duration {
+	longest := backoffCap
+	if kind == kindRefused {
+		longest = refusedCap
 	}
-	return backoffBase << b.failures
+	if b.failures >= 9 { // 100 ms × 2⁹ > 30 s
+		return longest
+	}
+	return min(backoffBase<<b.failures, longest)
 }
 
-// next counts a failure and returns how long to pause after it.
-func (b *backoff) next() time.Duration {
-	ceiling := b.ceiling()
+// next counts a failure of a kind and returns how long to pause after it.
+func (b *backoff) next(kind errorKind) time.Duration {
+	ceiling := b.ceiling(kind)
 	b.failures++
 	return rand.N(ceiling) + time.Millisecond
 }

@@ -92,7 +92,8 @@ func kindOf(err error) errorKind {
 	case errors.As(err, &record), errors.As(err, &alert), errors.As(err, &verify), errors.As(err, &authority),
 		errors.As(err, &remote) && remote.Op == opRemote, errors.Is(err, http.ErrSchemeMismatch):
 		return kindTLS
-	case errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, syscall.ECONNREFUSED),
+		errors.As(err, &remote) && remote.Op == "dial" && errors.Is(err, syscall.ENOENT): // no Unix socket
 		return kindRefused
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE),
 		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):

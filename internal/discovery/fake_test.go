@@ -3,12 +3,12 @@ package discovery
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -67,7 +67,7 @@ func (s *scripted) RoundTrip(req *http.Request) (*http.Response, error) {
 	select {
 	case resp := <-a.replies:
 		if resp == nil {
-			return nil, fmt.Errorf("connection refused")
+			return nil, syscall.ECONNREFUSED
 		}
 		return resp, nil
 	case <-req.Context().Done():

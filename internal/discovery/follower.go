@@ -173,7 +173,7 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 	case a.index == 0:
 		f.errors.count(kindIndex)
 		f.index = 1
-		pause(ctx, f.backoff.next())
+		pause(ctx, f.backoff.next(kindIndex))
 		return
 	case a.index < f.index:
 		f.index = 0
@@ -190,7 +190,8 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 // answer at once tells that the failure is over.
 func (f *follower) failed(ctx context.Context, err error) {
 	f.index = 0
-	f.errors.count(kindOf(err))
+	kind := kindOf(err)
+	f.errors.count(kind)
 	since := time.Now()
 	if present := f.failing.Load(); present != nil {
 		since = present.since
@@ -200,16 +201,16 @@ func (f *follower) failed(ctx context.Context, err error) {
 	}
 	f.failing.Store(&failure{since, err})
 	f.disturb()
-	f.pauseUntilRenewed(ctx)
+	f.pauseUntilRenewed(ctx, kind)
 }
 
 // pauseUntilRenewed backs off, but not from credentials that have just been
 // replaced: they may be what was wrong.
-func (f *follower) pauseUntilRenewed(ctx context.Context) {
+func (f *follower) pauseUntilRenewed(ctx context.Context, kind errorKind) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(f.client.life, cancel)()
-	pause(ctx, f.backoff.next())
+	pause(ctx, f.backoff.next(kind))
 	if f.client.life.Err() != nil {
 		f.backoff.reset()
 	}

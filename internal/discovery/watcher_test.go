@@ -3,7 +3,9 @@ package discovery
 import (
 	"fmt"
 	"math"
+	"net"
 	"net/http"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -217,32 +219,44 @@ func TestAnAnswerAtTheEndOfTheWaitIsInTime(t *testing.T) {
 }
 
 func TestFailuresAreSpacedOutAndOneSuccessForgetsThem(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		consul := newScripted()
-		follow(t, consul, webQuery)
-		last := consul.next()
-		var longest time.Duration
-		start, asked := time.Now(), 0
-		for time.Since(start) < time.Hour {
-			last.refuse()
-			next := consul.next()
-			longest = max(longest, next.at.Sub(last.at))
-			last = next
-			asked++
-		}
-		if longest > backoffCap+10*time.Millisecond || longest < backoffCap/2 {
-			t.Errorf("longest pause in an hour of failures: got %s, want up to %s", longest, backoffCap)
-		}
-		if asked < 120 || asked > 500 { // 15 s on average, so 240
-			t.Errorf("questions in an hour of failures: got %d, want about 240", asked)
-		}
-		last.instances(1, web("a"))
-		fails := consul.next()
-		fails.refuse()
-		if got := consul.next().at.Sub(fails.at); got > backoffBase+paceMin+time.Millisecond {
-			t.Errorf("first pause after a success: got %s, want at most %s", got, backoffBase)
-		}
-	})
+	for _, c := range []struct {
+		name        string
+		fail        func(*ask)
+		most        time.Duration
+		least, many int // questions in an hour
+	}{
+		{"nobody listens", (*ask).refuse, refusedCap, 1000, 2000},
+		{"overloaded", func(a *ask) { a.reply(http.StatusInternalServerError, nil, "no leader") }, backoffCap, 120, 500},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				consul := newScripted()
+				follow(t, consul, webQuery)
+				last := consul.next()
+				var longest time.Duration
+				start, asked := time.Now(), 0
+				for time.Since(start) < time.Hour {
+					c.fail(last)
+					next := consul.next()
+					longest = max(longest, next.at.Sub(last.at))
+					last = next
+					asked++
+				}
+				if longest > c.most+10*time.Millisecond || longest < c.most/2 {
+					t.Errorf("longest pause in an hour of failures: got %s, want up to %s", longest, c.most)
+				}
+				if asked < c.least || asked > c.many {
+					t.Errorf("questions in an hour of failures: got %d, want %d to %d", asked, c.least, c.many)
+				}
+				last.instances(1, web("a"))
+				fails := consul.next()
+				c.fail(fails)
+				if got := consul.next().at.Sub(fails.at); got > backoffBase+paceMin+time.Millisecond {
+					t.Errorf("first pause after a success: got %s, want at most %s", got, backoffBase)
+				}
+			})
+		})
+	}
 }
 
 // A token that loses its rights gets the answer of a service without instances:
@@ -398,34 +412,39 @@ func TestThePaceFollowsWhatAnswersCost(t *testing.T) {
 }
 
 func TestBackoff(t *testing.T) {
-	var b backoff
-	want := []time.Duration{100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600, 30000, 30000, 30000}
-	for i, ceiling := range want {
-		ceiling *= time.Millisecond
-		if got := b.ceiling(); got != ceiling {
-			t.Errorf("longest pause after failure %d: got %s, want %s", i+1, got, ceiling)
+	for kind, want := range map[errorKind][]time.Duration{
+		kindServer:  {100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600, 30000, 30000, 30000},
+		kindRefused: {100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000, 5000},
+	} {
+		var b backoff
+		for i, ceiling := range want {
+			ceiling *= time.Millisecond
+			if got := b.ceiling(kind); got != ceiling {
+				t.Errorf("%s: longest pause after failure %d: got %s, want %s", kind, i+1, got, ceiling)
+			}
+			if got := b.next(kind); got <= 0 || got > ceiling+time.Millisecond {
+				t.Errorf("%s: pause after failure %d: got %s, want at most %s", kind, i+1, got, ceiling)
+			}
 		}
-		if got := b.next(); got <= 0 || got > ceiling+time.Millisecond {
-			t.Errorf("pause after failure %d: got %s, want at most %s", i+1, got, ceiling)
+		for range 1000 {
+			b.next(kind)
 		}
-	}
-	for range 1000 {
-		b.next()
-	}
-	if got := b.ceiling(); got != backoffCap {
-		t.Errorf("longest pause after 1000 failures: got %s, want %s", got, backoffCap)
-	}
-	var shortest, longest time.Duration = backoffCap, 0
-	for range 1000 {
-		pause := b.next()
-		shortest, longest = min(shortest, pause), max(longest, pause)
-	}
-	if shortest > backoffCap/20 || longest < backoffCap*19/20 {
-		t.Errorf("1000 pauses: got %s to %s, want full jitter up to %s", shortest, longest, backoffCap)
-	}
-	b.reset()
-	if got := b.ceiling(); got != backoffBase {
-		t.Errorf("longest pause after a success: got %s, want %s", got, backoffBase)
+		longestOfAll := want[len(want)-1] * time.Millisecond
+		if got := b.ceiling(kind); got != longestOfAll {
+			t.Errorf("%s: longest pause after 1000 failures: got %s, want %s", kind, got, longestOfAll)
+		}
+		shortest, longest := longestOfAll, time.Duration(0)
+		for range 1000 {
+			pause := b.next(kind)
+			shortest, longest = min(shortest, pause), max(longest, pause)
+		}
+		if shortest > longestOfAll/20 || longest < longestOfAll*19/20 {
+			t.Errorf("%s: 1000 pauses: got %s to %s, want full jitter up to %s", kind, shortest, longest, longestOfAll)
+		}
+		b.reset()
+		if got := b.ceiling(kind); got != backoffBase {
+			t.Errorf("%s: longest pause after a success: got %s, want %s", kind, got, backoffBase)
+		}
 	}
 }
 
@@ -455,5 +474,13 @@ func TestAWatcherEndsAtOnce(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// A Unix socket that is not there is the same as a port where nobody listens.
+func TestNoSocketIsARefusal(t *testing.T) {
+	_, err := net.Dial("unix", filepath.Join(t.TempDir(), "consul.sock"))
+	if got := kindOf(err); got != kindRefused {
+		t.Errorf("%v: got kind %s, want %s", err, got, kindRefused)
 	}
 }
