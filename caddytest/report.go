@@ -32,6 +32,9 @@ func (s Sample) String() string {
 type Report struct {
 	// Samples are the requests by their Start.
 	Samples []Sample
+
+	// Repeated is how many times one was sent again, with RepeatUnread.
+	Repeated int
 }
 
 // newReport returns a Report of a copy of the samples.

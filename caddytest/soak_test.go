@@ -397,12 +397,12 @@ type steadyLoad struct {
 func startSteadyLoad(t *testing.T, socket string, rate int) *steadyLoad {
 	t.Helper()
 	l := &steadyLoad{done: make(chan struct{})}
-	l.client = &http.Client{Timeout: caddytest.Patience, Transport: &http.Transport{
+	l.client = &http.Client{Timeout: caddytest.Patience, Transport: &caddytest.Repeating{RoundTripper: &http.Transport{
 		MaxIdleConnsPerHost: 64,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", socket)
 		},
-	}}
+	}}}
 	l.work.Go(func() {
 		tick := time.NewTicker(time.Second / time.Duration(rate))
 		defer tick.Stop()

@@ -10,8 +10,14 @@ import (
 	"time"
 )
 
-// requestTimeout ends a request that gets no answer, which then has failed.
-const requestTimeout = 30 * time.Second
+const (
+	// requestTimeout ends a request that gets no answer, which then has failed.
+	requestTimeout = 30 * time.Second
+
+	// maxUnderWay is how many requests are under way at most: more is more than
+	// the machine can do, which is not what is tested.
+	maxUnderWay = 256
+)
 
 // Traffic sends requests in the background until it is stopped.
 type Traffic struct {
@@ -20,12 +26,14 @@ type Traffic struct {
 	workers int
 	rate    float64
 	prepare []func(*http.Request)
+	repeat  bool
 	dial    func(ctx context.Context, network, address string) (net.Conn, error)
 
-	client *http.Client
-	stop   chan struct{}
-	once   sync.Once
-	ended  sync.WaitGroup
+	client    *http.Client
+	repeating *Repeating // nil if no request is repeated
+	stop      chan struct{}
+	once      sync.Once
+	ended     sync.WaitGroup
 
 	mu      sync.Mutex
 	samples []Sample
@@ -39,7 +47,8 @@ type TrafficOption func(*Traffic)
 func Workers(n int) TrafficOption { return func(tr *Traffic) { tr.workers = n } }
 
 // Rate sends perSecond requests, whether or not the earlier ones have been
-// answered. Latency then counts from when a request was due.
+// answered, unless 256 of them have not. Latency then counts from when a request
+// was due.
 func Rate(perSecond float64) TrafficOption { return func(tr *Traffic) { tr.rate = perSecond } }
 
 // EachRequest changes every request before it is sent.
@@ -61,6 +70,10 @@ func ThroughSocket(path string) TrafficOption {
 	}
 }
 
+// RepeatUnread sends requests again that Caddy has closed the connection on
+// without reading them, see [Repeating].
+func RepeatUnread() TrafficOption { return func(tr *Traffic) { tr.repeat = true } }
+
 // StartTraffic starts to send GET requests to a URL.
 func StartTraffic(t TB, url string, options ...TrafficOption) *Traffic {
 	t.Helper()
@@ -68,14 +81,19 @@ func StartTraffic(t TB, url string, options ...TrafficOption) *Traffic {
 	for _, option := range options {
 		option(tr)
 	}
+	var transport http.RoundTripper = &http.Transport{
+		MaxIdleConns:        1024,
+		MaxIdleConnsPerHost: 1024,
+		DisableCompression:  true,
+		DialContext:         tr.dial,
+	}
+	if tr.repeat {
+		tr.repeating = &Repeating{RoundTripper: transport}
+		transport = tr.repeating
+	}
 	tr.client = &http.Client{
-		Timeout: requestTimeout,
-		Transport: &http.Transport{
-			MaxIdleConns:        1024,
-			MaxIdleConnsPerHost: 1024,
-			DisableCompression:  true,
-			DialContext:         tr.dial,
-		},
+		Timeout:   requestTimeout,
+		Transport: transport,
 		// a redirect is an answer like any other
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
@@ -108,7 +126,11 @@ func (tr *Traffic) Stop() *Report {
 func (tr *Traffic) Report() *Report {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
-	return newReport(tr.samples)
+	report := newReport(tr.samples)
+	if tr.repeating != nil {
+		report.Repeated = tr.repeating.Repeated()
+	}
+	return report
 }
 
 // WaitMore waits until count more requests have been answered.
@@ -144,13 +166,22 @@ func (tr *Traffic) sendAtRate() {
 	interval := time.Duration(float64(time.Second) / tr.rate)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	underWay := make(chan struct{}, maxUnderWay)
 	for due := time.Now(); ; due = due.Add(interval) {
 		timer.Reset(time.Until(due))
 		select {
 		case <-tr.stop:
 			return
 		case <-timer.C:
-			tr.ended.Go(func() { tr.send(due) })
+		}
+		select {
+		case <-tr.stop:
+			return
+		case underWay <- struct{}{}:
+			tr.ended.Go(func() {
+				tr.send(due)
+				<-underWay
+			})
 		}
 	}
 }

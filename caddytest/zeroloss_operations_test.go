@@ -99,20 +99,33 @@ func (o *operation) awaitInstances(count int) {
 	})
 }
 
+// received returns how many requests the backends have got.
+func (o *operation) received() (count int) {
+	for _, backend := range o.backends {
+		count += backend.Requests()
+	}
+	return count
+}
+
 // underLoad does something again and again until there have been enough
 // requests, none of which may fail.
-func (o *operation) underLoad(do func(round int)) {
+func (o *operation) underLoad(do func(round int), options ...caddytest.TrafficOption) {
 	o.t.Helper()
-	traffic := caddytest.StartTraffic(o.t, "http://loss.test", caddytest.ThroughSocket(o.socket), caddytest.Rate(float64(o.rate)))
+	before := o.received()
+	options = append(options, caddytest.ThroughSocket(o.socket), caddytest.Rate(float64(o.rate)))
+	traffic := caddytest.StartTraffic(o.t, "http://loss.test", options...)
 	enough := time.Now().Add(time.Duration(float64(o.requests) / float64(o.rate) * float64(time.Second)))
 	rounds := 0
 	for ; rounds == 0 || time.Now().Before(enough); rounds++ {
 		do(rounds)
 	}
 	report := traffic.Stop()
-	o.t.Logf("%d rounds: %d requests, %d failed, p50 %v, p99 %v, max %v", rounds, report.Total(), len(report.Failures()),
+	o.t.Logf("%d rounds: %d requests, %d failed, %d sent again, p50 %v, p99 %v, max %v", rounds, report.Total(), len(report.Failures()), report.Repeated,
 		report.Quantile(0.5), report.Quantile(0.99), report.Quantile(1))
 	report.RequireSuccess(o.t)
+	if received := o.received() - before; report.Repeated > 0 && received > report.Total() {
+		o.t.Errorf("%d requests were sent again, of which Caddy had passed on up to %d, want 0", report.Repeated, received-report.Total())
+	}
 	if report.Total() < o.requests*9/10 {
 		o.t.Errorf("requests: got %d, want about %d", report.Total(), o.requests)
 	}
@@ -181,7 +194,7 @@ func TestFiftyReloadsLoseNothing(t *testing.T) {
 				caddytest.Pause(t, left)
 			}
 		}
-	})
+	}, caddytest.RepeatUnread())
 }
 
 func TestAgentRestartsLoseNothing(t *testing.T) {
