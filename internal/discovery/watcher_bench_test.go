@@ -15,7 +15,7 @@ import (
 var benchSizes = []int{3, 100, 1000, 5000, 10000}
 
 // benchInstance returns an instance that is as long in JSON as one of Consul's
-// answers: some 2.5 KB, with the node's check and its own.
+// answers: some 1.8 KB, with the node's check and its own.
 func benchInstance(i int) *api.ServiceEntry {
 	node, id := "node-"+strconv.Itoa(i%100), "web-"+strconv.Itoa(i)
 	address := fmt.Sprintf("10.1.%d.%d", i/250, 1+i%250)
