@@ -43,6 +43,7 @@ type agent struct {
 	multiplexes atomic.Bool  // one connection carries many queries
 	blocked     atomic.Int64 // queries held open, if it doesn't
 	sweeping    chan struct{}
+	storeFailed atomic.Int64 // when a service's instances could not be stored, in Unix nanoseconds; 0 since they could
 
 	mu     sync.Mutex
 	client *client

@@ -31,6 +31,12 @@ const (
 	saveAnyway  = time.Hour
 	saveTimeout = 10 * time.Second
 
+	// At its end a watcher saves for the last time. A config waits for the ends of
+	// all its watchers, one by one, so a storage that hangs must not cost each of
+	// them its time.
+	endTimeout    = 2 * time.Second
+	distrustStore = time.Minute
+
 	storedVersion = 1
 	storedLimit   = 64 << 20
 )
@@ -69,8 +75,12 @@ func (k *keeper) use(store Store) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.stores = append(k.stores, store)
-	if k.watcher.set.Load() == nil && k.timer == nil {
+	switch {
+	case k.timer != nil:
+	case k.watcher.set.Load() == nil:
 		k.schedule(time.Until(k.watcher.started.Add(coldStartAfter)))
+	case k.saved.IsZero(): // Consul was quicker
+		k.schedule(saveSoon)
 	}
 }
 
@@ -120,7 +130,7 @@ func (k *keeper) act() {
 		k.serveStored()
 		return
 	}
-	k.save()
+	k.save(saveTimeout)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.schedule(saveAnyway)
@@ -135,8 +145,11 @@ func (k *keeper) end() {
 	}
 	k.mu.Unlock()
 	k.work.Wait()
-	if time.Since(k.watcher.started) > saveSoon { // else it was but a look, as caddy validate takes
-		k.save()
+	if time.Since(k.watcher.started) <= saveSoon {
+		return // it was but a look, as caddy validate takes
+	}
+	if failed := k.watcher.agent.storeFailed.Load(); failed == 0 || time.Since(time.Unix(0, failed)) > distrustStore {
+		k.save(endTimeout)
 	}
 }
 
@@ -151,7 +164,7 @@ func (k *keeper) store() Store {
 
 // save stores the present Set. An empty one is not worth starting with, and a
 // stored one not worth storing again.
-func (k *keeper) save() {
+func (k *keeper) save(timeout time.Duration) {
 	w := k.watcher
 	store, set := k.store(), w.set.Load()
 	if store == nil || set == nil || set.Len() == 0 || w.cold.Load() {
@@ -167,9 +180,14 @@ func (k *keeper) save() {
 	}
 	text, err := json.Marshal(value)
 	if err == nil {
-		ctx, cancel := context.WithTimeout(context.Background(), saveTimeout)
+		ctx, cancel := context.WithTimeout(context.Background(), timeout)
 		defer cancel()
 		err = store.Store(ctx, k.key(), text)
+	}
+	if err != nil {
+		w.agent.storeFailed.Store(time.Now().UnixNano())
+	} else {
+		w.agent.storeFailed.Store(0)
 	}
 	k.mu.Lock()
 	k.saved = time.Now()

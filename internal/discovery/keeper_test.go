@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -222,6 +223,45 @@ func TestWhatIsStoredIsConfirmedUntilConsulFailed(t *testing.T) {
 	})
 }
 
+// After a start without Consul, its first answer confirms what is stored, even if
+// it says the same.
+func TestTheFirstAnswerConfirmsWhatIsStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := storeOf(t, "a")
+		time.Sleep(time.Hour)
+		consul := newScripted()
+		w := follow(t, consul, webQuery)
+		w.keeper.use(store)
+		question := consul.next()
+		time.Sleep(coldStartAfter + time.Second)
+		question.instances(5, web("a"))
+		consul.next()
+		answered := time.Now()
+		time.Sleep(saveEvery + time.Second)
+		_, text := store.only(t)
+		var value stored
+		if err := json.Unmarshal(text, &value); err != nil {
+			t.Fatal(err)
+		}
+		if value.Confirmed.Before(answered) {
+			t.Errorf("confirmed: got %v, want %v or later, when Consul answered", value.Confirmed, answered)
+		}
+	})
+}
+
+// Consul may answer before the config has said where to store.
+func TestAnAnswerBeforeTheStorageIsStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, store := follow(t, inMemory{newLive(web("a"))}, webQuery), newMemoryStore()
+		firstSet(t, w.watcher)
+		w.keeper.use(store)
+		time.Sleep(saveSoon + time.Second)
+		if _, text := store.only(t); !strings.Contains(string(text), `"web-a"`) {
+			t.Errorf("what is stored is %s, want the instances", text)
+		}
+	})
+}
+
 func TestAnEmptyServiceIsNotStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		consul, store := newLive(web("a")), newMemoryStore()
@@ -296,6 +336,43 @@ func TestAStorageThatFailsCostsALine(t *testing.T) {
 		time.Sleep(saveAnyway + time.Minute)
 		if _, text := store.only(t); !strings.Contains(string(text), `"web-599"`) {
 			t.Errorf("when the storage is back, it has %s, want the newest instances", text)
+		}
+	})
+}
+
+// stuckStore is a Store that hangs, as one on a network may.
+type stuckStore struct{ *memoryStore }
+
+func (stuckStore) Store(ctx context.Context, _ string, _ []byte) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// A config with many services must not take minutes to end because the storage
+// hangs.
+func TestAStorageThatHangsHoldsUpTheEndOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const services = 20
+		var all []*watcher
+		first := follow(t, inMemory{newLive(web("a"))}, webQuery)
+		all = append(all, first.watcher)
+		for range services - 1 {
+			all = append(all, newWatcher(webQuery, first.agent, func() {}, &logSource{zap.NewNop}))
+		}
+		store := newMemoryStore()
+		for _, w := range all {
+			w.keeper.use(store)
+		}
+		time.Sleep(time.Minute) // all have been stored
+		for _, w := range all {
+			w.keeper.use(stuckStore{store})
+		}
+		start := time.Now()
+		for _, w := range slices.Backward(all) { // the first one has the agent
+			_ = w.Destruct()
+		}
+		if took := time.Since(start); took > 2*endTimeout {
+			t.Errorf("the end of %d watchers took %s, want at most %s", services, took, 2*endTimeout)
 		}
 	})
 }

@@ -117,7 +117,7 @@ func (w *watcher) hasEndpoints() bool {
 func (w *watcher) publish(endpoints []endpoint.Endpoint) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.cold.Store(false)
+	wasCold := w.cold.Swap(false)
 	if len(endpoints) == 0 && w.query.KeepLastOnEmpty > 0 && w.hasEndpoints() {
 		if w.emptiness == nil {
 			w.loggers.newest().Warn("Consul reports no usable instance any more; serving the ones known last for a while",
@@ -130,8 +130,11 @@ func (w *watcher) publish(endpoints []endpoint.Endpoint) {
 		w.emptiness.Stop()
 		w.emptiness = nil
 	}
-	if w.set.Load() == nil || !sameEndpoints(w.endpoints, endpoints) {
+	isNew := w.set.Load() == nil || !sameEndpoints(w.endpoints, endpoints)
+	if isNew {
 		w.replace(endpoints)
+	}
+	if isNew || wasCold { // what is stored is confirmed now
 		w.keeper.changed()
 	}
 }
