@@ -43,14 +43,14 @@ LOSS_REQUESTS ?= 100000
 LOSS_RATE     ?= 1500
 
 .PHONY: faults
-faults: consul ## faults of Consul, floods, secrets, operations under load, a short soak: some minutes
-	$(GO) test $(RACE) -tags faults -count=1 -timeout $(TEST_TIMEOUT) -run 'Fault|Lose|Soak|Cold|Stale|Keep|Secrets|Flood|MoreServices' ./caddytest
+faults: consul ## of the tests, those of faults, floods, secrets, operations under load, and a short soak
+	$(GO) test $(RACE) -count=1 -timeout $(TEST_TIMEOUT) -run 'Fault|Lose|Soak|Cold|Stale|Keep|Secrets|Flood|MoreServices' ./caddytest
 
 .PHONY: soak
 soak: consul ## 20 minutes of random changes, faults and reloads, then each operation over 100,000 requests
-	SOAK_DURATION=$(SOAK_DURATION) $(GO) test $(RACE) -tags faults -count=1 -timeout 0 -v -run 'TestSoak$$' ./caddytest
+	SOAK_DURATION=$(SOAK_DURATION) $(GO) test $(RACE) -count=1 -timeout 0 -v -run 'TestSoak$$' ./caddytest
 	LOSS_REQUESTS=$(LOSS_REQUESTS) LOSS_RATE=$(LOSS_RATE) \
-		$(GO) test -tags faults -count=1 -timeout 0 -v -run 'LoseNothing|LosesNothing' ./caddytest
+		$(GO) test -count=1 -timeout 0 -v -run 'LoseNothing|LosesNothing' ./caddytest
 
 .PHONY: bench
 bench: build consul ## measure speed: a report, and bench/RESULTS.md; about 20 minutes

@@ -1,5 +1,3 @@
-//go:build faults
-
 package caddytest_test
 
 import (
