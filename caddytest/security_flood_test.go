@@ -22,7 +22,7 @@ import (
 
 // floodVar says how many requests a flood has. The measured run has 1,000,000:
 //
-//	FLOOD_REQUESTS=1000000 make test PKG=./caddytest RACE= TEST='-run Flood -v'
+//	FLOOD_REQUESTS=1000000 make test PKG=./caddytest RACE= TEST='-run AFloodOfNames -v'
 const floodVar = "FLOOD_REQUESTS"
 
 func floodSize(t *testing.T) (count int, measured bool) {
@@ -128,6 +128,7 @@ func (f *front) floodThrough(path string, count int, seed uint64, rate float64, 
 type floodTrace struct {
 	heapMB     uint64
 	goroutines int
+	files      int // connections too
 	followed   int
 	queries    int
 }
@@ -138,7 +139,7 @@ func (f *front) trace(c *counter) floodTrace {
 	if err := json.Unmarshal([]byte(f.Get("/consul/services")), &followed); err != nil {
 		f.t.Fatal(err)
 	}
-	return floodTrace{heapMB(), runtime.NumGoroutine(), len(followed), c.count("")}
+	return floodTrace{heapMB(), runtime.NumGoroutine(), openFiles(), len(followed), c.count("")}
 }
 
 // A flood of names that no service has costs Consul nothing and leaves nothing
@@ -178,6 +179,9 @@ func TestAFloodOfNames(t *testing.T) {
 	}
 	if after.goroutines > before.goroutines+10 {
 		t.Errorf("goroutines: got %d after the flood, want no more than the %d before", after.goroutines, before.goroutines)
+	}
+	if after.files > before.files+10 {
+		t.Errorf("open files and connections: got %d after the flood, want no more than the %d before", after.files, before.files)
 	}
 	if after.followed != 3 {
 		t.Errorf("services followed: got %d, want the 3 that there are", after.followed)
