@@ -164,6 +164,10 @@ type answer struct {
 	// and filtered says nothing.
 	streamed bool
 
+	// outdated: its index is lower than that of an answer before, and it is not
+	// the leader's word.
+	outdated bool
+
 	buffer *bytes.Buffer
 }
 

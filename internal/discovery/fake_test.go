@@ -88,6 +88,17 @@ func (s *scripted) nextFrom(t *testing.T, index string) *ask {
 	return a
 }
 
+// nextOfTheLeader returns the next question and checks that it asks for the
+// leader's word, at once.
+func (s *scripted) nextOfTheLeader(t *testing.T) *ask {
+	t.Helper()
+	a := s.nextFrom(t, "")
+	if params := a.URL.Query(); !params.Has("consistent") || params.Has("stale") {
+		t.Fatalf("the next question: got %v, want one of strongest consistency", params)
+	}
+	return a
+}
+
 func (a *ask) refuse() { a.replies <- nil }
 
 func (a *ask) reply(status int, header map[string]string, body string) {

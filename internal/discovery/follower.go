@@ -45,6 +45,8 @@ type follower struct {
 
 	// the goroutine's own
 	index    uint64
+	highest  uint64 // index of what was believed
+	confirms bool   // the next answer is to confirm the last one, or not
 	pacer    *pacer
 	backoff  backoff
 	client   *client // that the last question went through, at the latest
@@ -121,7 +123,7 @@ func (f *follower) ask(ctx context.Context) (*answer, error) {
 		}
 	}
 	f.blocks.Store(true)
-	return f.agent.ask(ctx, f.question, f.index)
+	return f.send(ctx, f.index)
 }
 
 // sweep asks as soon as something has changed in the catalogue since it asked
@@ -140,11 +142,18 @@ func (f *follower) sweep(ctx context.Context) (*answer, error) {
 		return nil, ctx.Err()
 	}
 	f.tideMark = tide.mark()
-	return f.agent.ask(ctx, f.question, 0)
+	return f.send(ctx, 0)
 }
 
-// errUnconfirmed says that an answer is to be believed only if one to a query
-// that does not block says the same.
+func (f *follower) send(ctx context.Context, index uint64) (*answer, error) {
+	if f.confirms {
+		return f.agent.ask(ctx, f.question.ofTheLeader(), 0)
+	}
+	return f.agent.ask(ctx, f.question, index)
+}
+
+// errUnconfirmed says that an answer is to be believed only if the leader says
+// the same when it is asked with Consul's strongest consistency.
 var errUnconfirmed = errors.New("the answer is not confirmed")
 
 // answered hands an answer on and settles what to ask next.
@@ -154,13 +163,17 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 	f.heard.Store(time.Now().UnixNano())
 	f.reached.Store(a.index)
 	start := time.Now()
+	a.outdated = a.index < f.highest && a.index > 0 && !f.confirms && !f.question.isOfTheLeader()
 	switch err := f.take(a); {
 	case errors.Is(err, errUnconfirmed):
-		f.index = 0
+		f.index, f.confirms = 0, true
 		return
 	case err != nil:
 		f.failed(ctx, err)
 		return
+	}
+	if f.highest < a.index || f.confirms {
+		f.highest, f.confirms = a.index, false
 	}
 	f.pacer.answered(time.Since(start) + time.Duration(len(a.body))*agentCostPerByte)
 	if failure := f.failing.Swap(nil); failure != nil {

@@ -39,6 +39,9 @@ func (n *names) take(a *answer) error {
 	if digest == n.last {
 		return nil
 	}
+	if a.outdated {
+		return errUnconfirmed
+	}
 	var services map[string]json.RawMessage
 	if err := json.Unmarshal(a.body, &services); err != nil {
 		return &answerError{fmt.Errorf("decoding the list of services of %d bytes: %w", len(a.body), err)}

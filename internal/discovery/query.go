@@ -2,6 +2,7 @@ package discovery
 
 import (
 	"encoding/json"
+	"maps"
 	"net/url"
 	"strings"
 	"time"
@@ -130,6 +131,17 @@ func newQuestion(path, datacenter string, consistency Consistency, wait time.Dur
 	}
 	return question{path, params, wait}
 }
+
+// ofTheLeader is the same question with Consul's strongest consistency: the
+// leader answers, after it has made sure that it is one and knows all.
+func (q question) ofTheLeader() question {
+	q.params = maps.Clone(q.params)
+	q.params.Del(string(ConsistencyStale))
+	q.params.Set(string(ConsistencyConsistent), "")
+	return q
+}
+
+func (q question) isOfTheLeader() bool { return q.params.Has(string(ConsistencyConsistent)) }
 
 // question is what the query asks of Consul.
 func (q *Query) question() question {

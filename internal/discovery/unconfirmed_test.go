@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"errors"
 	"net/http"
 	"testing"
 	"testing/synctest"
@@ -10,7 +11,7 @@ import (
 
 // Consul's streaming backend answers blocking queries from a view that it keeps
 // for the token. When the token loses its rights that view is empty, and says
-// nothing of ACLs: only a query that does not block tells the one emptiness from
+// nothing of ACLs: only a query for the leader's own word tells the one emptiness from
 // the other.
 func TestEmptinessOfAViewIsConfirmed(t *testing.T) {
 	streamed := func(index string) map[string]string {
@@ -37,7 +38,7 @@ func TestEmptinessOfAViewIsConfirmed(t *testing.T) {
 				w := follow(t, consul, webQuery)
 				consul.nextFrom(t, "").instances(1, web("a"))
 				consul.nextFrom(t, "1").reply(http.StatusOK, streamed("1"), "[]")
-				question := consul.nextFrom(t, "")
+				question := consul.nextOfTheLeader(t)
 				wantNodes(t, "before the confirmation", w.set.Load(), "a")
 				question.reply(http.StatusOK, tc.confirm, "[]")
 				consul.next()
@@ -64,4 +65,19 @@ func TestEmptinessThatWasThereBeforeIsNotConfirmed(t *testing.T) {
 			map[string]string{"X-Consul-Index": "1", "X-Consul-Query-Backend": "streaming"}, "[]")
 		consul.nextFrom(t, "1")
 	})
+}
+
+// The names that requests may use do not go when a restarted Consul has yet to
+// read of them.
+func TestAnOutdatedListOfServicesIsNotBelieved(t *testing.T) {
+	n := &names{first: make(chan struct{})}
+	if err := n.take(&answer{body: []byte(`{"web":[]}`), index: 9}); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.take(&answer{body: []byte(`{"old":[]}`), index: 3, outdated: true}); !errors.Is(err, errUnconfirmed) {
+		t.Errorf("an outdated list: got error %v, want that it is unconfirmed", err)
+	}
+	if !n.has("web") || n.has("old") {
+		t.Errorf("after an outdated list: got web %t and old %t, want true and false", n.has("web"), n.has("old"))
+	}
 }

@@ -81,10 +81,17 @@ var errRightsLost = errors.New("the answer is empty because the token may no lon
 const rightsNeeded = "it needs service:read on the service and node:read on its nodes"
 
 // take publishes what is new in an answer.
+//
+// A server of Consul that was restarted answers while it still reads its log, and
+// tells what was so long ago: instances that are gone, and none of those that
+// came since. Its index gives it away.
 func (w *watcher) take(a *answer) error {
 	digest := digestOf(a)
 	if digest == w.last {
 		return nil
+	}
+	if a.outdated {
+		return errUnconfirmed
 	}
 	instances, err := w.reader.read(a.body)
 	if err != nil {

@@ -33,8 +33,10 @@ func TestAnIndexThatWentBackwardsStartsAgainFromTheBeginning(t *testing.T) {
 		again := consul.nextFrom(t, "")
 		wantNodes(t, "while Consul is asked from the beginning", w.set.Load(), "a", "b")
 		again.instances(51, web("a"), web("b"), web("c"))
-		consul.nextFrom(t, "51")
-		wantNodes(t, "after that", w.set.Load(), "a", "b", "c")
+		consul.nextOfTheLeader(t).instances(51, web("a"), web("b"), web("c"))
+		consul.nextFrom(t, "51").instances(52, web("b"), web("c"))
+		consul.nextFrom(t, "52")
+		wantNodes(t, "after that", w.set.Load(), "b", "c")
 	})
 }
 
@@ -48,11 +50,54 @@ func TestAfterAFaultTheQueryStartsAgainFromTheBeginning(t *testing.T) {
 		consul.nextFrom(t, "").instances(1000, web("a"))
 		consul.nextFrom(t, "1000").refuse()
 		consul.nextFrom(t, "").instances(10, web("b"))
+		consul.nextOfTheLeader(t).instances(10, web("b"))
 		consul.nextFrom(t, "10")
 		wantNodes(t, "after the restart", w.set.Load(), "b")
 		if f := w.failing.Load(); f != nil {
 			t.Errorf("state after the restart: got failing with %v, want none", f.err)
 		}
+	})
+}
+
+// A server of Consul that was restarted tells, while it reads its log, what was so
+// long ago. None of it reaches the traffic: the leader is asked, who answers when
+// it knows all.
+func TestWhatARestartedConsulRemembersIsConfirmed(t *testing.T) {
+	for _, consistency := range []Consistency{ConsistencyDefault, ConsistencyStale} {
+		t.Run(string(consistency), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				query := webQuery
+				query.Consistency = consistency
+				consul := newScripted()
+				w := follow(t, consul, query)
+				consul.nextFrom(t, "").instances(1000, web("a"), web("b"))
+				consul.nextFrom(t, "1000").refuse()
+				consul.nextFrom(t, "").instances(12, web("long-gone"))
+				question := consul.nextOfTheLeader(t)
+				wantNodes(t, "while the leader is asked", w.set.Load(), "a", "b")
+				question.reply(http.StatusInternalServerError, nil, "Not ready to serve consistent reads")
+				consul.nextOfTheLeader(t).instances(1001, web("b"), web("c"))
+				consul.nextFrom(t, "1001")
+				wantNodes(t, "when the leader knows all", w.set.Load(), "b", "c")
+				if got := w.logged(zap.WarnLevel, msgFailing); got != 1 {
+					t.Errorf("warnings: got %d, want 1", got)
+				}
+			})
+		})
+	}
+}
+
+// Who asks the leader anyway needs no confirmation.
+func TestTheLeadersOwnWordIsBelieved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		query := webQuery
+		query.Consistency = ConsistencyConsistent
+		consul := newScripted()
+		w := follow(t, consul, query)
+		consul.nextFrom(t, "").instances(1000, web("a"))
+		consul.nextFrom(t, "1000").instances(10, web("b"))
+		consul.nextFrom(t, "")
+		wantNodes(t, "after the index went backwards", w.set.Load(), "b")
 	})
 }
 
