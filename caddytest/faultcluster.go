@@ -116,6 +116,22 @@ func (c *Cluster) Followers() []*Agent {
 	return followers
 }
 
+// Settle waits until all servers follow one leader, and sees to it that it is
+// another one than a.
+func (c *Cluster) Settle(a *Agent) {
+	c.t.Helper()
+	for _, server := range c.Agents {
+		server.WaitReady()
+	}
+	Eventually(c.t, Patience, func() error {
+		if c.Leader() != a {
+			return nil
+		}
+		_, err := a.client.Operator().RaftLeaderTransfer("", nil)
+		return fmt.Errorf("the leader is still the agent on %s (%v)", a.address, err)
+	})
+}
+
 // Isolate cuts a server off from the others, without a word to either side: its
 // RPC, Raft and gossip go nowhere. Its HTTP API goes on. (What Serf sends over
 // TCP doesn't tell which server it comes from. It passes, but for the isolated

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -270,6 +271,7 @@ func playClusterFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) 
 		undo: func() {
 			s.agent.Deregister(s.spare.Name())
 			down[0].Restart()
+			cluster.Settle(asked)
 		},
 	})
 	s.play(table, fault{
@@ -289,6 +291,10 @@ func playClusterFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) 
 			}
 			asked.WaitReady()
 		},
+		undo: func() {
+			s.agent.Deregister(s.spare.Name())
+			cluster.Settle(asked)
+		},
 	})
 	s.play(table, fault{
 		name: "agent cut off from the other servers", unsure: true,
@@ -300,14 +306,36 @@ func playClusterFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) 
 		end: func() {
 			cluster.Rejoin(asked)
 			asked.WaitReady()
+			s.awaitHealthy(asked, 3*caddytest.Patience, s.instances[0].ID, s.instances[1].ID, s.spare.Name()) // Serf takes its time
 		},
 		during: func(following) {
-			other.WaitHealthy(s.service, 3)
+			s.awaitHealthy(other, caddytest.Patience, s.spare.Name()) // the others are on a node that doesn't answer it
 			if got := s.follows().InstanceCount; got != 2 {
 				t.Errorf("instances known while the agent is cut off: got %d, want 2", got)
 			}
 		},
 		change: func() {}, // it was made elsewhere meanwhile
-		undo:   func() { other.Deregister(s.spare.Name()) },
+		undo: func() {
+			other.Deregister(s.spare.Name())
+			cluster.Settle(asked)
+		},
+	})
+}
+
+// awaitHealthy waits until an agent tells that these instances are healthy, and
+// perhaps others.
+func (s *stage) awaitHealthy(agent *caddytest.Agent, patience time.Duration, ids ...string) {
+	s.t.Helper()
+	caddytest.Eventually(s.t, patience, func() error {
+		healthy, _, err := agent.Client().Health().Service(s.service, "", true, nil)
+		if err != nil {
+			return err
+		}
+		for _, id := range ids {
+			if !slices.ContainsFunc(healthy, func(e *api.ServiceEntry) bool { return e.Service.ID == id }) {
+				return fmt.Errorf("instance %s is not among the %d healthy ones", id, len(healthy))
+			}
+		}
+		return nil
 	})
 }

@@ -166,6 +166,8 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 	a.outdated = a.index < f.highest && a.index > 0 && !f.confirms && !f.question.isOfTheLeader()
 	switch err := f.take(a); {
 	case errors.Is(err, errUnconfirmed):
+		f.loggers.newest().Debug("Consul's answer may be out of date; asking the leader", f.subject,
+			zap.Uint64("index", a.index), zap.Uint64("highest_index", f.highest))
 		f.index, f.confirms = 0, true
 		return
 	case err != nil:
