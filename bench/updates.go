@@ -58,13 +58,7 @@ func measureUpdates(t caddytest.TB, settings *settings, r *results) {
 	for round := range floodRounds {
 		quiet := ours.observe(func() { caddytest.Pause(t, floodDuration) })
 
-		before := ours.status(service)
-		var last change
-		var written int
-		flood := ours.observe(func() { written, last = s.flood(service) })
-		published := ours.lag(service, last)
-		after := ours.status(service)
-		flood.Written, flood.Answers, flood.Sets = written, after.Answers-before.Answers, after.Changes-before.Changes
+		flood, published := ours.observeFlood(s, service)
 
 		var beside period
 		s.whileFollowing(service, func() {
@@ -76,6 +70,24 @@ func measureUpdates(t caddytest.TB, settings *settings, r *results) {
 		result.Published = append(result.Published, published)
 	}
 	r.Updates = result
+}
+
+// observeFlood measures the proxy while its service changes all the time, and
+// how long after the last change that was published.
+func (p *proxy) observeFlood(s *stage, service string) (flood period, published time.Duration) {
+	p.t.Helper()
+	before := p.status(service)
+	var written int
+	flood = p.observe(func() { written = s.flood(service) })
+	setFirst := func(passing bool) time.Duration {
+		s.setCheck(service, 0, passing)
+		return p.lag(service, change{service + "-0", passing, time.Now()})
+	}
+	published = setFirst(false) // hard on the heels of the others
+	setFirst(true)
+	after := p.status(service)
+	flood.Written, flood.Answers, flood.Sets = written, after.Answers-before.Answers, after.Changes-before.Changes
+	return flood, published
 }
 
 // observe measures the proxy under steady traffic while something happens.
@@ -122,39 +134,38 @@ type change struct {
 	at       time.Time // when Consul had taken it
 }
 
-// flood changes checks of the service for a while at a steady rate.
-func (s *stage) flood(service string) (written int, last change) {
+// flood changes checks of the service for a while at a steady rate: an instance
+// fails, then it passes again.
+func (s *stage) flood(service string) (written int) {
 	s.t.Helper()
 	const writers = 4
 	var (
 		mu    sync.Mutex
 		ended sync.WaitGroup
-		down  = make(map[int]bool)
 		stop  = time.Now().Add(floodDuration)
 	)
 	for writer := range writers {
 		ended.Go(func() {
 			tick := time.NewTicker(writers * time.Second / floodRate)
 			defer tick.Stop()
+			i, passing := 0, true
 			for now := range tick.C {
-				if now.After(stop) {
+				if passing && now.After(stop) {
 					return
 				}
-				i := rand.IntN(floodInstances/writers)*writers + writer //nolint:gosec // no secret
-				mu.Lock()
-				down[i] = !down[i]
-				isDown := down[i]
-				mu.Unlock()
-				s.setCheck(service, i, !isDown)
+				if passing {
+					i = rand.IntN(floodInstances/writers)*writers + writer //nolint:gosec // no secret
+				}
+				passing = !passing
+				s.setCheck(service, i, passing)
 				mu.Lock()
 				written++
-				last = change{fmt.Sprintf("%s-%d", service, i), !isDown, time.Now()}
 				mu.Unlock()
 			}
 		})
 	}
 	ended.Wait()
-	return written, last
+	return written
 }
 
 func (s *stage) setCheck(service string, i int, passing bool) {

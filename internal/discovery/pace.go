@@ -23,7 +23,7 @@ const (
 
 	// paceShare is the inverse of the share of one core that answers may cost
 	// while they come in without a break, the agent's work and ours together.
-	paceShare = 5
+	paceShare = 10
 
 	// agentCostPerByte is what writing an answer costs the agent: 210 ms for
 	// 13.5 MB. The agent does it before it sends the first byte, so its time

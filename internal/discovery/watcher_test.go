@@ -442,8 +442,8 @@ func TestThePaceFollowsWhatAnswersCost(t *testing.T) {
 	}{
 		{0, paceMin},
 		{time.Millisecond, paceMin},
-		{20 * time.Millisecond, 100 * time.Millisecond},
-		{140 * time.Millisecond, 700 * time.Millisecond}, // 5,000 instances
+		{20 * time.Millisecond, 200 * time.Millisecond},
+		{140 * time.Millisecond, 1400 * time.Millisecond}, // 5,000 instances
 		{10 * time.Second, paceMax},
 	} {
 		t.Run(tc.cost.String(), func(t *testing.T) {
