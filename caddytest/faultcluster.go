@@ -42,11 +42,12 @@ func StartCluster(t TB, size int) *Cluster {
 	if err != nil {
 		t.Fatalf("encoding the members of a cluster: %v", err)
 	}
-	for i := range size {
-		inner, outer := fmt.Sprintf("127.0.0.%d", 11+i), fmt.Sprintf("127.0.1.%d", 11+i)
-		gate := &gate{inner: inner, cluster: c}
+	for i := range size { // all, before the first one looks at the others
+		c.gates = append(c.gates, &gate{inner: fmt.Sprintf("127.0.0.%d", 11+i), cluster: c})
+	}
+	for i, gate := range c.gates {
+		inner, outer := gate.inner, fmt.Sprintf("127.0.1.%d", 11+i)
 		gate.open(t, outer, ports[i].server, ports[i].serf)
-		c.gates = append(c.gates, gate)
 
 		settings := &agentSettings{ip: inner, node: fmt.Sprintf("server-%d", i+1), datacenter: "dc1", durable: true}
 		settings.extra = []string{fmt.Sprintf(
