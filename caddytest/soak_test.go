@@ -29,7 +29,7 @@ const (
 )
 
 const (
-	soakDuration = 30 * time.Second
+	soakDuration = time.Minute
 	soakRate     = 150
 
 	// soakInstances is how many instances there are, of which soakLeast stay
