@@ -44,7 +44,7 @@ LOSS_RATE     ?= 1500
 
 .PHONY: faults
 faults: consul ## of the tests, those of faults, floods, secrets, operations under load, and a short soak
-	$(GO) test $(RACE) -count=1 -timeout $(TEST_TIMEOUT) -run 'Fault|Lose|Soak|Cold|Stale|Keep|Secrets|Flood|MoreServices' ./caddytest
+	$(GO) test $(RACE) -count=1 -timeout $(TEST_TIMEOUT) -run 'Fault|Lose|Soak|Cold|Stale|Keep|Secrets|Flood|MoreServices|Remembers' ./caddytest
 
 .PHONY: soak
 soak: consul ## 20 minutes of random changes, faults and reloads, then each operation over 100,000 requests
