@@ -448,6 +448,14 @@ func TestServicesNamedByRequests(t *testing.T) {
 
 	front.awaitBackends(prefix+"-web.test", "web-a", "web-b")
 	front.awaitBackends(strings.ToUpper(prefix)+"-API.test", "api-a")
+	caddytest.Eventually(t, caddytest.Patience, func() error { // the next query comes a moment after an answer
+		for _, path := range []string{"/v1/catalog/services", "/v1/health/service/" + prefix + "-web", "/v1/health/service/" + prefix + "-api"} {
+			if queries.count(path+" after an index") == 0 {
+				return fmt.Errorf("no query for %s is held open", path)
+			}
+		}
+		return nil
+	})
 	before := queries.count("")
 	wantCounts(t, "a service that is not allowed", front.answers("internal-"+prefix+".test", 20), map[string]int{unavailable: 20})
 	for i := range 50 {
