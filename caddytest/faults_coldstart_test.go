@@ -109,6 +109,18 @@ func (c *coldStart) firstAnswer() (took time.Duration) {
 	return took
 }
 
+// wantUnavailable fails the test if a request gets anything but a 503.
+func (c *coldStart) wantUnavailable(when string) {
+	c.t.Helper()
+	traffic := caddytest.StartTraffic(c.t, "http://"+c.listen, caddytest.Workers(1))
+	traffic.WaitMore(5)
+	for _, sample := range traffic.Stop().Samples {
+		if sample.Status != 503 {
+			c.t.Errorf("%s, a request got %v, want status 503", when, sample)
+		}
+	}
+}
+
 func TestColdStartServesTheStoredInstances(t *testing.T) {
 	agent := caddytest.StartAgent(t, caddytest.WithDisk())
 	c := newColdStart(t, agent)
@@ -234,13 +246,7 @@ func TestColdStartIgnoresWhatItCanNotUse(t *testing.T) {
 			}
 			caddy := c.start()
 			caddy.Logs().Wait(t, `"level":"warn".*the instances stored by an earlier run can't be used`)
-			traffic := caddytest.StartTraffic(t, "http://"+c.listen, caddytest.Workers(1))
-			traffic.WaitMore(5)
-			for _, sample := range traffic.Stop().Samples {
-				if sample.Status != 503 {
-					t.Errorf("a request got %v, want status 503", sample)
-				}
-			}
+			c.wantUnavailable("with nothing that can be used")
 			if shown := follows(t, caddy, c.service); shown.ColdStart || shown.InstanceCount != 0 {
 				t.Errorf("got cold start %v with %d instances, want none", shown.ColdStart, shown.InstanceCount)
 			}
@@ -284,13 +290,7 @@ func TestServeStaleCountsFromBeforeTheColdStart(t *testing.T) {
 	}
 	caddy = c.start()
 	caddy.Logs().Wait(t, "serving the instances that an earlier run stored")
-	traffic := caddytest.StartTraffic(t, "http://"+c.listen, caddytest.Workers(1))
-	traffic.WaitMore(5)
-	for _, sample := range traffic.Stop().Samples {
-		if sample.Status != 503 {
-			t.Errorf("two hours after Consul's last word, with serve_stale 1h, a request got %v, want status 503", sample)
-		}
-	}
+	c.wantUnavailable("two hours after Consul's last word, with serve_stale 1h")
 }
 
 // A service that goes at once is kept for a while, in case it was a mistake.

@@ -42,7 +42,7 @@ func TestWhatARestartedConsulRemembersIsNotServed(t *testing.T) {
 			if s.State != "following" || s.InstanceCount != 1 {
 				err = fmt.Errorf("%s is %s with %d instances (%s), want following with 1", s.Service, s.State, s.InstanceCount, s.LastError)
 			}
-			count += int(s.Changes)
+			count += s.Changes
 		}
 		if err == nil && len(all) != services {
 			err = fmt.Errorf("services followed: got %d, want %d", len(all), services)

@@ -56,8 +56,8 @@ func playNetworkFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) 
 			proxy.Swallow()
 			s.disturb()
 		}},
-		{name: "latency of 300 ± 200 ms", begin: func() { proxy.Delay(300*time.Millisecond, 200*time.Millisecond) }, during: func(following) { s.disturb() }},
-		{name: "answers drip at 1 KB/s", begin: proxy.Drip, during: func(following) { s.disturb() }},
+		{name: "latency of 300 ± 200 ms", begin: func() { proxy.Delay(300*time.Millisecond, 200*time.Millisecond) }, during: func(serviceStatus) { s.disturb() }},
+		{name: "answers drip at 1 KB/s", begin: proxy.Drip, during: func(serviceStatus) { s.disturb() }},
 		{name: "connections end amid the answer", kind: "reset", begin: func() {
 			proxy.Truncate(700)
 			s.disturb()
@@ -94,7 +94,7 @@ func playAnswerFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) {
 	// All indices are lower than the agent's own: a query with a higher one would
 	// be held until its wait is over when the fault has ended.
 	var answers atomic.Uint64
-	paced := func(before following) {
+	paced := func(before serviceStatus) {
 		// what takes no time to read is paced at 25 ms
 		if got, most := s.follows().Answers-before.Answers, 3*int(faultLasts/(25*time.Millisecond)); got > most {
 			t.Errorf("Consul answered %d times in about %v, want at most %d", got, faultLasts, most)
@@ -308,7 +308,7 @@ func playClusterFaults(t *testing.T, caddy *caddytest.Caddy, table *faultTable) 
 			asked.WaitReady()
 			s.awaitHealthy(asked, 3*caddytest.Patience, s.instances[0].ID, s.instances[1].ID, s.spare.Name()) // Serf takes its time
 		},
-		during: func(following) {
+		during: func(serviceStatus) {
 			s.awaitHealthy(other, caddytest.Patience, s.spare.Name()) // the others are on a node that doesn't answer it
 			if got := s.follows().InstanceCount; got != 2 {
 				t.Errorf("instances known while the agent is cut off: got %d, want 2", got)

@@ -2,7 +2,6 @@ package caddytest_test
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -97,50 +96,13 @@ func (s *stage) open() {
 	s.awaitInstances(2)
 }
 
-// following is what Caddy shows of a service that it follows.
-type following struct {
-	Service       string
-	Query         string
-	State         string
-	LastError     string     `json:"last_error"`
-	FailingSince  *time.Time `json:"failing_since"`
-	AgeSeconds    float64    `json:"age_seconds"`
-	ColdStart     bool       `json:"cold_start"`
-	Index         uint64
-	Answers       int
-	Changes       int
-	Errors        map[string]int
-	InstanceCount int `json:"instance_count"`
-	Instances     []struct{ ID, Dial, Status string }
-}
-
-// followings returns what the admin endpoint shows.
-func followings(t caddytest.TB, caddy *caddytest.Caddy, service string) []following {
-	t.Helper()
-	var shown []following
-	if err := json.Unmarshal([]byte(caddy.Get("/consul/services?service="+service)), &shown); err != nil {
-		t.Fatalf("reading what the admin endpoint shows of %s: %v", service, err)
-	}
-	return shown
-}
-
 // disturb makes changes that have to go through the fault.
 func (s *stage) disturb() {
 	s.agent.Register(s.spare.Service(s.service))
 	s.agent.Deregister(s.spare.Name())
 }
 
-// follows returns what the admin endpoint shows of a service with one query.
-func follows(t caddytest.TB, caddy *caddytest.Caddy, service string) following {
-	t.Helper()
-	shown := followings(t, caddy, service)
-	if len(shown) != 1 {
-		t.Fatalf("the admin endpoint shows %d queries for %s, want 1", len(shown), service)
-	}
-	return shown[0]
-}
-
-func (s *stage) follows() following {
+func (s *stage) follows() serviceStatus {
 	s.t.Helper()
 	return follows(s.t, s.caddy, s.service)
 }
@@ -160,7 +122,7 @@ func (s *stage) awaitInstances(count int) {
 }
 
 // awaitFailing waits until Caddy shows a new error of a kind and that it fails.
-func (s *stage) awaitFailing(kind string, before following) {
+func (s *stage) awaitFailing(kind string, before serviceStatus) {
 	s.t.Helper()
 	caddytest.Eventually(s.t, caddytest.Patience, func() error {
 		shown := s.follows()
@@ -216,7 +178,7 @@ type fault struct {
 	unsure bool
 
 	// during checks more, while the fault lasts.
-	during func(before following)
+	during func(before serviceStatus)
 
 	// change makes a change in Consul and undo undoes it. By default the spare
 	// instance is registered.
@@ -330,7 +292,7 @@ func numberFromEnv(t testing.TB, name string, otherwise int) int {
 	return number
 }
 
-func (table *faultTable) add(f fault, report *caddytest.Report, recoveries []time.Duration, before, after following) {
+func (table *faultTable) add(f fault, report *caddytest.Report, recoveries []time.Duration, before, after serviceStatus) {
 	var kinds []string
 	for kind, count := range after.Errors {
 		if count > before.Errors[kind] {

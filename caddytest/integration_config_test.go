@@ -57,7 +57,7 @@ func TestValidateWithConsulDown(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "Caddyfile")
-			writeFile(t, file, "http://localhost {\n"+reverseProxy(source)+"\n}\n")
+			write(t, file, []byte("http://localhost {\n"+reverseProxy(source)+"\n}\n"))
 			if result := caddytest.RunCaddy(t, "validate", "--config", file); result.Code != 0 {
 				t.Errorf("caddy validate: got exit status %d, want 0:\n%s", result.Code, result.Stderr)
 			}
@@ -69,7 +69,7 @@ func TestValidateWithConsulDown(t *testing.T) {
 func TestValidateNamesTheLine(t *testing.T) {
 	dir := t.TempDir()
 	notPEM := filepath.Join(dir, "not-pem")
-	writeFile(t, notPEM, "nothing of a certificate")
+	write(t, notPEM, []byte("nothing of a certificate"))
 	for _, c := range []struct {
 		name    string
 		options string // the first is on line 4
@@ -99,7 +99,7 @@ func TestValidateNamesTheLine(t *testing.T) {
 				service = ""
 			}
 			file := filepath.Join(t.TempDir(), "Caddyfile")
-			writeFile(t, file, "http://localhost {\nreverse_proxy {\ndynamic consul"+service+" {\n"+c.options+"\n}\n}\n}\n")
+			write(t, file, []byte("http://localhost {\nreverse_proxy {\ndynamic consul"+service+" {\n"+c.options+"\n}\n}\n}\n"))
 			result := caddytest.RunCaddy(t, "validate", "--config", file)
 			at := fmt.Sprintf("%s:%d", file, c.line)
 			if result.Code == 0 || !strings.Contains(result.Stderr, at) || !strings.Contains(result.Stderr, c.want) {
@@ -121,7 +121,7 @@ func TestAdaptAndRun(t *testing.T) {
 	caddyfile := fmt.Sprintf("{\nconsul {\naddress %s\n}\n}\nhttp://%s {\n%s\n}\n",
 		agent.Address(), address, reverseProxy("dynamic consul "+name+" {\ntag !canary\n}", "lb_policy consul_round_robin"))
 	file := filepath.Join(t.TempDir(), "Caddyfile")
-	writeFile(t, file, caddyfile)
+	write(t, file, []byte(caddyfile))
 	result := caddytest.RunCaddy(t, "adapt", "--config", file, "--validate")
 	if result.Code != 0 {
 		t.Fatalf("caddy adapt: got %+v, want exit status 0", result)

@@ -41,7 +41,7 @@ func TestConnections(t *testing.T) {
 		}
 	}
 	tokenFile := filepath.Join(t.TempDir(), "token")
-	writeFile(t, tokenFile, readingToken(t, withACLs, "web")+"\n")
+	write(t, tokenFile, []byte(readingToken(t, withACLs, "web")+"\n"))
 	t.Setenv("TEST_TOKEN", readingToken(t, withACLs, "web"))
 
 	front := startFront(t)
@@ -85,7 +85,7 @@ func TestConnections(t *testing.T) {
 		}
 	}
 	wantLines(t, front.Logs(), 0, failing)
-	for _, secret := range []string{os.Getenv("TEST_TOKEN"), strings.TrimSpace(readFile(t, tokenFile))} {
+	for _, secret := range []string{os.Getenv("TEST_TOKEN"), strings.TrimSpace(string(read(t, tokenFile)))} {
 		wantLines(t, front.Logs(), 0, secret)
 	}
 }
@@ -114,13 +114,13 @@ func TestItsOwnTokenGoesBeforeTheEnvironments(t *testing.T) {
 	agent := caddytest.StartAgent(t, caddytest.WithACLs())
 	startInstances(t, agent, "web", "web")
 	wrong := filepath.Join(t.TempDir(), "wrong")
-	writeFile(t, wrong, "00000000-0000-4000-8000-000000000bad")
+	write(t, wrong, []byte("00000000-0000-4000-8000-000000000bad"))
 	right := filepath.Join(t.TempDir(), "right")
-	writeFile(t, right, readingToken(t, agent, "web"))
-	t.Setenv("CONSUL_HTTP_TOKEN", strings.TrimSpace(readFile(t, wrong)))
+	write(t, right, []byte(readingToken(t, agent, "web")))
+	t.Setenv("CONSUL_HTTP_TOKEN", strings.TrimSpace(string(read(t, wrong))))
 	t.Setenv("CONSUL_HTTP_TOKEN_FILE", wrong)
 	front := startFront(t)
-	for _, option := range []string{"token " + strings.TrimSpace(readFile(t, right)), "token_file " + right} {
+	for _, option := range []string{"token " + strings.TrimSpace(string(read(t, right))), "token_file " + right} {
 		front.Load(front.site("", reverseProxy(consulSource("web", agent, option))))
 		front.awaitBackends("web.test", "web")
 		front.serve(`respond "nothing"`) // nothing of it is shared with the next
@@ -198,23 +198,23 @@ func TestTokens(t *testing.T) {
 	agent := caddytest.StartAgent(t, caddytest.WithACLs())
 	startInstances(t, agent, "web", "web")
 	tokenFile := filepath.Join(t.TempDir(), "token")
-	writeFile(t, tokenFile, "11111111-1111-1111-1111-111111111111")
+	write(t, tokenFile, []byte("11111111-1111-1111-1111-111111111111"))
 	front := startFront(t)
 	front.serve(reverseProxy(consulSource("web", agent, "token_file "+tokenFile, "startup_timeout 10ms")))
 	front.Logs().Wait(t, failing+".*403")
 	front.awaitBackends("refused.test")
 
 	good := readingToken(t, agent, "web")
-	writeFile(t, tokenFile, good)
+	write(t, tokenFile, []byte(good))
 	front.awaitBackends("good.test", "web")
 	front.Logs().Wait(t, `"msg":"Consul answers again".*"service":"web"`)
 	wantLines(t, front.Logs(), 1, failing)
 
 	logs := front.Logs().FromNow()
-	writeFile(t, tokenFile, readingToken(t, agent, "other"))
+	write(t, tokenFile, []byte(readingToken(t, agent, "other")))
 	logs.Wait(t, failing+".*no longer see the service")
 	wantCounts(t, "a service that the token may no longer see", front.answers("lost.test", 10), map[string]int{"web": 10})
-	writeFile(t, tokenFile, good)
+	write(t, tokenFile, []byte(good))
 	logs.Wait(t, `"msg":"Consul answers again"`)
 	wantLines(t, logs, 1, failing)
 	wantLines(t, front.Logs(), 0, good)
@@ -311,25 +311,4 @@ func readingToken(t *testing.T, agent *caddytest.Agent, service string) string {
 		t.Fatal(err)
 	}
 	return token.SecretID
-}
-
-// writeFile replaces a file at once.
-func writeFile(t *testing.T, path, content string) {
-	t.Helper()
-	err := os.WriteFile(path+".new", []byte(content), 0o600)
-	if err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-func readFile(t *testing.T, path string) string {
-	t.Helper()
-	content, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(content)
 }

@@ -146,7 +146,7 @@ func TestFailedReload(t *testing.T) {
 	agent.Deregister("a")
 	front.awaitBackends("live.test")
 	awaitText(t, liveLog, empty)
-	if text := readFile(t, deadLog); strings.Contains(text, empty) {
+	if text := string(read(t, deadLog)); strings.Contains(text, empty) {
 		t.Errorf("the log of a config that was not loaded got\n%s", text)
 	}
 
@@ -158,7 +158,7 @@ func TestFailedReload(t *testing.T) {
 	front.awaitBackends("next.test", "back")
 	following := fmt.Sprintf(`"msg":"following the service","service":"%s"`, name)
 	awaitText(t, nextLog, following)
-	if got := strings.Count(readFile(t, liveLog), following); got != 1 {
+	if got := strings.Count(string(read(t, liveLog)), following); got != 1 {
 		t.Errorf("the first config's log: got %d lines on following the service, want only the first of both", got)
 	}
 }
@@ -167,7 +167,7 @@ func TestFailedReload(t *testing.T) {
 func awaitText(t *testing.T, file, want string) {
 	t.Helper()
 	caddytest.Eventually(t, caddytest.Patience, func() error {
-		if text := readFile(t, file); !strings.Contains(text, want) {
+		if text := string(read(t, file)); !strings.Contains(text, want) {
 			return fmt.Errorf("%s: got\n%s\nwant %s in it", file, text, want)
 		}
 		return nil

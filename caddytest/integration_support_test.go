@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -199,8 +200,11 @@ func wantCounts(t testing.TB, of string, got, want map[string]int) {
 // serviceStatus is what the admin endpoint tells of a followed service.
 type serviceStatus struct {
 	Service, Query, Agent, State string
-	LastError                    string `json:"last_error"`
-	Index, Answers, Changes      uint64
+	LastError                    string     `json:"last_error"`
+	FailingSince                 *time.Time `json:"failing_since"`
+	ColdStart                    bool       `json:"cold_start"`
+	Index                        uint64
+	Answers, Changes             int
 	Errors                       map[string]int
 	NotDialable                  int `json:"not_dialable"`
 	InstanceCount                int `json:"instance_count"`
@@ -210,27 +214,37 @@ type serviceStatus struct {
 	}
 }
 
-// services returns what the admin endpoint tells of a service, once for each
-// different query.
-func (f *front) services(service string) []serviceStatus {
-	f.t.Helper()
+// followings returns what the admin endpoint tells of a service, once for each
+// different query, or of all services if it has no name.
+func followings(t testing.TB, caddy *caddytest.Caddy, service string) []serviceStatus {
+	t.Helper()
 	var services []serviceStatus
-	text := f.Get("/consul/services?service=" + url.QueryEscape(service))
+	text := caddy.Get("/consul/services?service=" + url.QueryEscape(service))
 	if err := json.Unmarshal([]byte(text), &services); err != nil {
-		f.t.Fatalf("reading what /consul/services tells: %v in %s", err, text)
+		t.Fatalf("reading what /consul/services tells: %v in %s", err, text)
 	}
 	return services
 }
 
-// service returns what the admin endpoint tells of a service that is followed
+// follows returns what the admin endpoint tells of a service that is followed
 // with one query.
-func (f *front) service(service string) serviceStatus {
-	f.t.Helper()
-	services := f.services(service)
+func follows(t testing.TB, caddy *caddytest.Caddy, service string) serviceStatus {
+	t.Helper()
+	services := followings(t, caddy, service)
 	if len(services) != 1 {
-		f.t.Fatalf("/consul/services tells of %d queries for %s, want 1: %+v", len(services), service, services)
+		t.Fatalf("/consul/services tells of %d queries for %s, want 1: %+v", len(services), service, services)
 	}
 	return services[0]
+}
+
+func (f *front) services(service string) []serviceStatus {
+	f.t.Helper()
+	return followings(f.t, f.Caddy, service)
+}
+
+func (f *front) service(service string) serviceStatus {
+	f.t.Helper()
+	return follows(f.t, f.Caddy, service)
 }
 
 // serviceName returns a name for a service that no other test uses, and that is
@@ -330,4 +344,28 @@ func within(t testing.TB, limit time.Duration, what string, f func()) {
 	if took := time.Since(start); took > limit {
 		t.Errorf("%s took %v, want at most %v", what, took, limit)
 	}
+}
+
+// read returns what a file holds.
+func read(t testing.TB, file string) []byte {
+	t.Helper()
+	content, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return content
+}
+
+// write replaces a file at once, as who renames a new one over it, and returns
+// its name.
+func write(t testing.TB, file string, content []byte) string {
+	t.Helper()
+	err := os.WriteFile(file+".new", content, 0o600)
+	if err == nil {
+		err = os.Rename(file+".new", file)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file
 }

@@ -42,7 +42,7 @@ func unpublished(t *testing.T, module string) string {
 	if err := os.MkdirAll(versions, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	writeFile(t, filepath.Join(versions, "list"), "")
+	write(t, filepath.Join(versions, "list"), nil)
 	return dir
 }
 

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -53,20 +54,11 @@ func (p *places) search(where, text string, excused ...string) {
 	p.count++
 	for _, canary := range canaries() {
 		at := strings.Index(text, canary)
-		if at < 0 || contains(excused, canary) {
+		if at < 0 || slices.Contains(excused, canary) {
 			continue
 		}
-		p.t.Errorf("%s: got the secret %q in it: …%s…, which begins %s", where, canary, text[max(0, at-400):min(len(text), at+100)], text[:100])
+		p.t.Errorf("%s: got the secret %q in it: …%s…, which begins %s", where, canary, text[max(0, at-400):min(len(text), at+100)], text[:min(len(text), 100)])
 	}
-}
-
-func contains(all []string, one string) bool {
-	for _, s := range all {
-		if s == one {
-			return true
-		}
-	}
-	return false
 }
 
 // echoes returns the addresses of servers that repeat what they are sent, each

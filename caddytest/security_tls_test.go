@@ -31,27 +31,6 @@ func showing(pair caddytest.KeyPair) []string {
 	return []string{"cert " + pair.Cert, "key " + pair.Key}
 }
 
-func read(t *testing.T, file string) []byte {
-	t.Helper()
-	content, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return content
-}
-
-func write(t *testing.T, file string, content []byte) string {
-	t.Helper()
-	err := os.WriteFile(file+".new", content, 0o600)
-	if err == nil {
-		err = os.Rename(file+".new", file)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return file
-}
-
 // An agent that speaks HTTPS alone, to clients with a certificate of its own
 // authority alone.
 func TestTLSWithARealAgent(t *testing.T) {
