@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"io"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -141,9 +142,9 @@ func (a *agent) followCredentials(ctx context.Context) {
 	}
 }
 
-// ask sends a query. With an index it blocks until Consul has something newer
-// or the wait is over.
-func (a *agent) ask(ctx context.Context, q question, index uint64) (*answer, error) {
+// ask sends a query, the answer to which read reads. With an index it blocks
+// until Consul has something newer or the wait is over.
+func (a *agent) ask(ctx context.Context, q question, index uint64, read func(io.Reader) error) (*answer, error) {
 	limit := answerSlack
 	params := maps.Clone(q.params)
 	if a.config.Namespace != "" {
@@ -161,7 +162,7 @@ func (a *agent) ask(ctx context.Context, q question, index uint64) (*answer, err
 	ctx, cancel := context.WithTimeoutCause(ctx, limit,
 		&timeoutError{fmt.Sprintf("no answer within %s", limit.Round(time.Second))})
 	defer cancel()
-	answer, err := a.current().get(ctx, q.path, params)
+	answer, err := a.current().get(ctx, q.path, params, read)
 	if err == nil && answer.shared {
 		a.multiplexes.Store(true)
 	}

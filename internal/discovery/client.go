@@ -1,7 +1,6 @@
 package discovery
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/base64"
@@ -14,7 +13,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -153,9 +151,9 @@ func isPort(text string) bool {
 	return text == "" || err == nil && port > 0
 }
 
-// answer is what Consul said.
+// answer is what Consul said, but for the body, which has been read.
 type answer struct {
-	body     []byte // until release
+	size     int64 // of the body
 	index    uint64
 	filtered bool // Consul left out what the token may not see
 	shared   bool // it came over a connection that carries many queries at once
@@ -167,29 +165,16 @@ type answer struct {
 	// outdated: its index is lower than that of an answer before, and it is not
 	// the leader's word.
 	outdated bool
-
-	buffer *bytes.Buffer
 }
 
-// buffers holds the memory of answers, which may be megabytes each.
-var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
-
-// release gives the memory of the answer back.
-func (a *answer) release() {
-	if a.buffer != nil {
-		buffers.Put(a.buffer)
-	}
-	a.body, a.buffer = nil, nil
-}
-
-// get sends a query and reads the answer to it. An error names what was asked,
-// of whom and what came back, and no secret.
-func (c *client) get(ctx context.Context, path string, params url.Values) (*answer, error) {
+// get sends a query and has read read the body of the answer to it. An error
+// names what was asked, of whom and what came back, and no secret.
+func (c *client) get(ctx context.Context, path string, params url.Values, read func(io.Reader) error) (*answer, error) {
 	ctx, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
 	defer context.AfterFunc(c.life, func() { giveUp(context.Cause(c.life)) })()
 
-	a, err := c.exchange(ctx, path, params)
+	a, err := c.exchange(ctx, path, params, read)
 	if err == nil {
 		return a, nil
 	}
@@ -212,7 +197,7 @@ func (c *client) tellable(err error) error {
 	return err
 }
 
-func (c *client) exchange(ctx context.Context, path string, params url.Values) (*answer, error) {
+func (c *client) exchange(ctx context.Context, path string, params url.Values, read func(io.Reader) error) (*answer, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path+"?"+params.Encode(), nil)
 	if err != nil {
 		return nil, err
@@ -239,13 +224,12 @@ func (c *client) exchange(ctx context.Context, path string, params url.Values) (
 		return nil, &answerError{fmt.Errorf("the answer has no valid X-Consul-Index header (%q): is it a Consul agent?",
 			c.withoutSecrets(resp.Header.Get("X-Consul-Index")))}
 	}
-	buffer, err := readBody(resp, c.limit)
+	size, err := c.readBody(resp.Body, read)
 	if err != nil {
 		return nil, err
 	}
 	return &answer{
-		body:     buffer.Bytes(),
-		buffer:   buffer,
+		size:     size,
 		index:    index,
 		filtered: resp.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true",
 		streamed: resp.Header.Get("X-Consul-Query-Backend") == "streaming" && params.Has("index"),
@@ -269,18 +253,36 @@ func (c *client) withoutSecrets(text string) string {
 	return text
 }
 
-func readBody(resp *http.Response, limit int64) (*bytes.Buffer, error) {
-	body := buffers.Get().(*bytes.Buffer)
-	body.Reset()
-	n, err := body.ReadFrom(io.LimitReader(resp.Body, limit+1))
-	if err == nil && n <= limit {
-		return body, nil
+// readBody has read read a body, to its end, and returns its size.
+func (c *client) readBody(body io.Reader, read func(io.Reader) error) (size int64, err error) {
+	source := &source{Reader: body}
+	limited := io.LimitedReader{R: source, N: c.limit + 1}
+	err = read(&limited)
+	switch {
+	case limited.N == 0:
+		return 0, &answerError{fmt.Errorf("the answer is larger than %d bytes", c.limit)}
+	case source.err != nil:
+		return 0, fmt.Errorf("reading the answer after %d bytes: %w", source.size, source.err)
+	case err != nil:
+		return 0, &answerError{err}
 	}
-	buffers.Put(body)
-	if err != nil {
-		return nil, fmt.Errorf("reading the answer after %d bytes: %w", n, err)
+	return source.size, nil
+}
+
+// source tells an answer that can't be read from one that can't be understood.
+type source struct {
+	io.Reader
+	size int64
+	err  error // why it ended early
+}
+
+func (s *source) Read(p []byte) (n int, err error) {
+	n, err = s.Reader.Read(p)
+	s.size += int64(n)
+	if err != nil && err != io.EOF { //nolint:errorlint // a Reader returns it as it is
+		s.err = err
 	}
-	return nil, &answerError{fmt.Errorf("the answer is larger than %d bytes", limit)}
+	return n, err
 }
 
 // StatusError is an answer of Consul other than 200.

@@ -158,7 +158,7 @@ func TestARedirectDoesNotGetTheToken(t *testing.T) {
 	for _, status := range []int{301, 302, 303, 307, 308} {
 		server := httptest.NewServer(http.RedirectHandler(elsewhere.URL, status))
 		c := newTestClient(t, &api.Config{Address: server.URL, Token: token})
-		if _, err := c.get(t.Context(), "/v1/health/service/web", nil); err == nil {
+		if _, err := c.get(t.Context(), "/v1/health/service/web", nil, discard); err == nil {
 			t.Errorf("redirect with %d: got no error, want one", status)
 		}
 		server.Close()
@@ -191,7 +191,7 @@ func TestCredentialsAreSent(t *testing.T) {
 	}))
 	config := api.DefaultConfig()
 	config.Address = server.URL
-	if _, err := newTestClient(t, config).get(t.Context(), "/v1/health/service/web", nil); err != nil {
+	if _, err := newTestClient(t, config).get(t.Context(), "/v1/health/service/web", nil, discard); err != nil {
 		t.Fatalf("asking: got error %v, want none", err)
 	}
 	r := <-got
@@ -359,7 +359,7 @@ func TestTLSToAnAgentWithout(t *testing.T) {
 	server := serve(t, newLive(web("a")))
 	server.Config.ErrorLog = quiet
 	address := strings.TrimPrefix(server.URL, "http://")
-	if _, err := newTestClient(t, &api.Config{Address: address, Scheme: "https"}).get(t.Context(), "/v1", nil); err == nil ||
+	if _, err := newTestClient(t, &api.Config{Address: address, Scheme: "https"}).get(t.Context(), "/v1", nil, discard); err == nil ||
 		!strings.Contains(err.Error(), "HTTP response to HTTPS client") {
 		t.Errorf("error: got %v, want one that says that the agent speaks plain HTTP", err)
 	}

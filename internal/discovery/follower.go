@@ -3,6 +3,7 @@ package discovery
 import (
 	"context"
 	"errors"
+	"io"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -22,8 +23,9 @@ type follower struct {
 	question question
 	subject  zap.Field // what is followed, for the log
 
-	// take uses an answer, of which it must not keep the body. An error says why
-	// it is no usable one.
+	// read reads the body of an answer, to its end, and take uses what was read
+	// last. An error says why it is no usable answer.
+	read func(io.Reader) error
 	take func(*answer) error
 
 	// disturbed, if set, is called when Consul fails to answer, and when the
@@ -147,9 +149,9 @@ func (f *follower) sweep(ctx context.Context) (*answer, error) {
 
 func (f *follower) send(ctx context.Context, index uint64) (*answer, error) {
 	if f.confirms {
-		return f.agent.ask(ctx, f.question.ofTheLeader(), 0)
+		return f.agent.ask(ctx, f.question.ofTheLeader(), 0, f.read)
 	}
-	return f.agent.ask(ctx, f.question, index)
+	return f.agent.ask(ctx, f.question, index, f.read)
 }
 
 // errUnconfirmed says that an answer is to be believed only if the leader says
@@ -158,11 +160,9 @@ var errUnconfirmed = errors.New("the answer is not confirmed")
 
 // answered hands an answer on and settles what to ask next.
 func (f *follower) answered(ctx context.Context, a *answer) {
-	defer a.release()
 	f.answers.Add(1) // before what is made of it can be seen
 	f.heard.Store(time.Now().UnixNano())
 	f.reached.Store(a.index)
-	start := time.Now()
 	a.outdated = a.index < f.highest && a.index > 0 && !f.confirms && !f.question.isOfTheLeader()
 	switch err := f.take(a); {
 	case errors.Is(err, errUnconfirmed):
@@ -177,7 +177,7 @@ func (f *follower) answered(ctx context.Context, a *answer) {
 	if f.highest < a.index || f.confirms {
 		f.highest, f.confirms = a.index, false
 	}
-	f.pacer.answered(time.Since(start) + time.Duration(len(a.body))*agentCostPerByte)
+	f.pacer.answered(time.Duration(a.size) * costPerByte)
 	if failure := f.failing.Swap(nil); failure != nil {
 		f.loggers.newest().Info("Consul answers again", f.subject, zap.Duration("after", time.Since(failure.since)))
 	}

@@ -114,16 +114,17 @@ func (q *Query) endpoint(in *instance) (e endpoint.Endpoint, wanted bool, err er
 	}, true, nil
 }
 
-// sort puts endpoints into a stable order: an instance that doesn't change keeps
-// its place. With near, Consul's order stays, for it says which is nearest.
-func (q *Query) sort(endpoints []endpoint.Endpoint) {
-	if q.Near != "" {
-		return
+// inOrder returns endpoints in a stable order: one that doesn't change keeps its
+// place. With near, Consul's order stays, for it says which is nearest.
+func (q *Query) inOrder(endpoints []*endpoint.Endpoint) []endpoint.Endpoint {
+	if q.Near == "" && !slices.IsSortedFunc(endpoints, (*endpoint.Endpoint).Compare) {
+		slices.SortStableFunc(endpoints, (*endpoint.Endpoint).Compare)
 	}
-	order := func(a, b endpoint.Endpoint) int { return a.Compare(&b) }
-	if !slices.IsSortedFunc(endpoints, order) {
-		slices.SortStableFunc(endpoints, order)
+	ordered := make([]endpoint.Endpoint, len(endpoints))
+	for i, e := range endpoints {
+		ordered[i] = *e
 	}
+	return ordered
 }
 
 // dialAddress is the Caddy network address of the instance: the service's own

@@ -1,12 +1,15 @@
 package discovery
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 
 	"github.com/hashicorp/consul/api"
@@ -15,15 +18,30 @@ import (
 	"github.com/caddy-consul/caddy-consul/internal/endpoint"
 )
 
+// instances is what an answer has to offer.
+type instances struct {
+	endpoints []endpoint.Endpoint
+	refused   []error
+}
+
 // read reads an answer with the given entries.
 func read(t *testing.T, q Query, entries ...*api.ServiceEntry) *instances {
 	t.Helper()
-	r := reader{query: &q}
-	got, err := r.read([]byte(listed(entries)))
+	got, err := readBytes(&reader{query: &q}, []byte(listed(entries)))
 	if err != nil {
 		t.Fatalf("reading %s: got error %v, want none", listed(entries), err)
 	}
 	return got
+}
+
+func readBytes(r *reader, body []byte) (*instances, error) {
+	elements, err := r.read(bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	r.take(elements)
+	endpoints, refused := r.query.endpoints(elements)
+	return &instances{endpoints, refused}, nil
 }
 
 func TestWhereAnInstanceIsDialled(t *testing.T) {
@@ -221,8 +239,7 @@ func TestWeights(t *testing.T) {
 		})
 	}
 	t.Run("older agents tell none", func(t *testing.T) {
-		r := reader{query: &webQuery}
-		got, err := r.read([]byte(`[{"Node":{"Node":"a","Address":"10.0.0.1"},"Service":{"ID":"a","Port":80}}]`))
+		got, err := readBytes(&reader{query: &webQuery}, []byte(`[{"Node":{"Node":"a","Address":"10.0.0.1"},"Service":{"ID":"a","Port":80}}]`))
 		if err != nil || len(got.endpoints) != 1 || got.endpoints[0].Weight != 1 {
 			t.Errorf("got %+v, error %v, want the weight 1", got, err)
 		}
@@ -343,26 +360,93 @@ func compareReading(t *testing.T, text string) {
 			wholeErr = errNoList
 		}
 	}
+	for name, w := range map[string]*window{
+		"at once":                {text: strings.NewReader(text), buffer: make([]byte, windowSize)},
+		"in a window that grows": {text: strings.NewReader(text), buffer: make([]byte, 1)},
+		"byte by byte":           {text: iotest.OneByteReader(strings.NewReader(text)), buffer: make([]byte, windowSize)},
+		"with its end":           {text: iotest.DataErrReader(strings.NewReader(text)), buffer: make([]byte, 16)},
+	} {
+		compareParts(t, name, w, whole, wholeErr)
+	}
+}
+
+// compareParts reads a window in part and compares that with the whole.
+func compareParts(t *testing.T, name string, w *window, whole []json.RawMessage, wholeErr error) {
+	t.Helper()
 	var parts []string
-	partsErr := forEachElement([]byte(text), func(raw []byte) error {
-		parts = append(parts, string(raw))
-		if !json.Valid(raw) {
-			return errNoList
+	partsErr := w.readList(func() error {
+		raw, err := w.object()
+		if err == nil && !json.Valid(raw) {
+			err = errNoList
 		}
-		return nil
+		parts = append(parts, string(raw))
+		w.skip(len(raw))
+		return err
 	})
 	if (wholeErr == nil) != (partsErr == nil) {
-		t.Fatalf("reading %q: got error %v, want error %v", text, partsErr, wholeErr)
+		t.Fatalf("reading %s: got error %v, want error %v", name, partsErr, wholeErr)
 	}
 	if wholeErr != nil {
 		return
 	}
 	if len(parts) != len(whole) {
-		t.Fatalf("reading %q: got the elements %q, want %d", text, parts, len(whole))
+		t.Fatalf("reading %s: got the elements %q, want %d", name, parts, len(whole))
 	}
 	for i, part := range parts {
 		if part != string(whole[i]) {
-			t.Errorf("element %d of %q: got %q, want %q", i, text, part, whole[i])
+			t.Errorf("element %d, read %s: got %q, want %q", i, name, part, whole[i])
+		}
+	}
+}
+
+// An answer that shares much with the one before, in whatever order, is read as
+// if it were the first.
+func TestReadingIsTheSameAfterAnyAnswer(t *testing.T) {
+	const variants = 40
+	var texts [variants]string
+	for i := range texts {
+		e := web(fmt.Sprintf("n%02d", i%20))
+		e.Service.Weights.Passing = 1 + i
+		e.Service.Meta = map[string]string{"x": strings.Repeat("y", rand.IntN(3))} // some are as long as others
+		texts[i] = strings.Trim(listed([]*api.ServiceEntry{e}), "[]\n")
+	}
+	r := reader{query: &webQuery}
+	var answer []string
+	for range 2000 {
+		for range rand.IntN(4) { // some come, change, go or move
+			switch at := rand.IntN(len(answer) + 1); rand.IntN(4) {
+			case 0:
+				answer = slices.Insert(answer, at, texts[rand.IntN(variants)])
+			case 1:
+				answer = slices.Delete(answer, at, min(at+rand.IntN(7), len(answer)))
+			case 2:
+				if at < len(answer) {
+					answer[at] = texts[rand.IntN(variants)]
+				}
+			default:
+				answer = append(slices.Clone(answer[at:]), answer[:at]...)
+			}
+		}
+		body := "[" + strings.Join(answer, ",") + "]"
+		got, err := readBytes(&r, []byte(body))
+		if err != nil {
+			t.Fatalf("reading %s: got error %v, want none", body, err)
+		}
+		want, _ := readBytes(&reader{query: &webQuery}, []byte(body))
+		if !sameEndpoints(got.endpoints, want.endpoints) || len(got.endpoints) != len(answer) {
+			t.Fatalf("reading %s: got %v, want %v", body, got.endpoints, want.endpoints)
+		}
+	}
+}
+
+// What is longer than the memory that is kept for reading is read all the same.
+func TestALongElementIsRead(t *testing.T) {
+	long := web("a")
+	long.Service.Meta = map[string]string{"long": strings.Repeat("x", 3*maxWindow)}
+	for range 2 {
+		got := read(t, webQuery, web("0"), long, web("b"))
+		if len(got.endpoints) != 3 || len(got.endpoints[1].Meta["long"]) != 3*maxWindow {
+			t.Fatalf("got %d instances, want 3, the second one with all of its meta data", len(got.endpoints))
 		}
 	}
 }

@@ -276,8 +276,10 @@ func parseStored(text []byte, query *Query) (*stored, error) {
 	if value.Query != query.key() {
 		return nil, errors.New("they were stored for another query")
 	}
+	endpoints := make([]*endpoint.Endpoint, len(value.Endpoints))
 	for i := range value.Endpoints {
 		e := &value.Endpoints[i]
+		endpoints[i] = e
 		if err := cmp.Or(checkDial(e.Dial), query.Ranges.check(e.Dial)); err != nil {
 			return nil, err
 		}
@@ -289,7 +291,7 @@ func parseStored(text []byte, query *Query) (*stored, error) {
 	if now := time.Now(); value.Confirmed.After(now) {
 		value.Confirmed = now
 	}
-	query.sort(value.Endpoints)
+	value.Endpoints = query.inOrder(endpoints)
 	return &value, nil
 }
 

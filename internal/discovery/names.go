@@ -1,9 +1,12 @@
 package discovery
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/maphash"
+	"io"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -18,7 +21,9 @@ type names struct {
 	present atomic.Pointer[map[string]struct{}] // in lower case, as Consul compares them
 	first   chan struct{}                       // closed with the first answer
 
-	last bodyDigest // the goroutine's own
+	// the goroutine's own
+	body bytes.Buffer // of the last answer that was read
+	last bodyDigest   // of the last one that was taken
 }
 
 func newNames(agent *agent, datacenter string, consistency Consistency, wait time.Duration, log *logSource) *names {
@@ -27,6 +32,7 @@ func newNames(agent *agent, datacenter string, consistency Consistency, wait tim
 		agent:    agent,
 		question: newQuestion("/v1/catalog/services", datacenter, consistency, wait),
 		subject:  zap.String("catalog", "services"),
+		read:     n.read,
 		take:     n.take,
 	}
 	n.loggers.add(log)
@@ -34,8 +40,14 @@ func newNames(agent *agent, datacenter string, consistency Consistency, wait tim
 	return n
 }
 
+func (n *names) read(body io.Reader) error {
+	n.body.Reset()
+	_, err := n.body.ReadFrom(body)
+	return err
+}
+
 func (n *names) take(a *answer) error {
-	digest := digestOf(a)
+	digest := bodyDigest{n.body.Len(), maphash.Bytes(digestSeed, n.body.Bytes()), a.filtered}
 	if digest == n.last {
 		return nil
 	}
@@ -43,8 +55,8 @@ func (n *names) take(a *answer) error {
 		return errUnconfirmed
 	}
 	var services map[string]json.RawMessage
-	if err := json.Unmarshal(a.body, &services); err != nil {
-		return &answerError{fmt.Errorf("decoding the list of services of %d bytes: %w", len(a.body), err)}
+	if err := json.Unmarshal(n.body.Bytes(), &services); err != nil {
+		return &answerError{fmt.Errorf("decoding the list of services of %d bytes: %w", n.body.Len(), err)}
 	}
 	if services == nil {
 		return &answerError{errors.New("the answer is no list of services")}
@@ -72,3 +84,13 @@ func (n *names) has(name string) bool {
 	_, ok := (*present)[name]
 	return ok
 }
+
+// bodyDigest tells whether an answer repeats the one before, which then need
+// not be read again.
+type bodyDigest struct {
+	size     int
+	sum      uint64
+	filtered bool
+}
+
+var digestSeed = maphash.MakeSeed()

@@ -25,10 +25,10 @@ const (
 	// while they come in without a break, the agent's work and ours together.
 	paceShare = 10
 
-	// agentCostPerByte is what writing an answer costs the agent: 210 ms for
-	// 13.5 MB. The agent does it before it sends the first byte, so its time
-	// can't be told from the time that the query blocks.
-	agentCostPerByte = 15 * time.Nanosecond
+	// costPerByte is what an answer costs, which is next to nothing here and the
+	// agent 210 ms for 13.5 MB. It does it before it sends the first byte, so
+	// its time can't be told from the time that the query blocks.
+	costPerByte = 15 * time.Nanosecond
 )
 
 // pacer holds back the next query while answers come in faster than they are

@@ -2,6 +2,7 @@ package discovery
 
 import (
 	"context"
+	"io"
 	"sync"
 	"time"
 
@@ -42,6 +43,7 @@ func newTide(a *agent, key tideKey, wait time.Duration) *tide {
 			agent:    a,
 			question: question,
 			subject:  zap.String("signal", q.path),
+			read:     discard, // the index says it all
 			take: func(a *answer) error {
 				if a.index != last {
 					last = a.index
@@ -94,4 +96,10 @@ func (t *tide) wait(ctx context.Context, mark uint64, limit time.Duration) {
 	case <-timer.C:
 	case <-ctx.Done():
 	}
+}
+
+// discard reads the body of an answer and keeps nothing of it.
+func discard(body io.Reader) error {
+	_, err := io.Copy(io.Discard, body)
+	return err
 }

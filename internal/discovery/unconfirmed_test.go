@@ -3,6 +3,7 @@ package discovery
 import (
 	"errors"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 
@@ -71,10 +72,16 @@ func TestEmptinessThatWasThereBeforeIsNotConfirmed(t *testing.T) {
 // read of them.
 func TestAnOutdatedListOfServicesIsNotBelieved(t *testing.T) {
 	n := &names{first: make(chan struct{})}
-	if err := n.take(&answer{body: []byte(`{"web":[]}`), index: 9}); err != nil {
+	list := func(text string, a *answer) error {
+		if err := n.read(strings.NewReader(text)); err != nil {
+			t.Fatal(err)
+		}
+		return n.take(a)
+	}
+	if err := list(`{"web":[]}`, &answer{index: 9}); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.take(&answer{body: []byte(`{"old":[]}`), index: 3, outdated: true}); !errors.Is(err, errUnconfirmed) {
+	if err := list(`{"old":[]}`, &answer{index: 3, outdated: true}); !errors.Is(err, errUnconfirmed) {
 		t.Errorf("an outdated list: got error %v, want that it is unconfirmed", err)
 	}
 	if !n.has("web") || n.has("old") {

@@ -2,7 +2,7 @@ package discovery
 
 import (
 	"errors"
-	"hash/maphash"
+	"io"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,8 +29,9 @@ type watcher struct {
 	undialable atomic.Int64 // instances left out because they can't be dialled
 
 	// the goroutine's own
-	last   bodyDigest
-	reader reader
+	reader   reader
+	elements []*element // of the last answer that was read
+	filtered bool       // the last answer that was taken was
 
 	mu        sync.Mutex          // held to publish
 	endpoints []endpoint.Endpoint // of the present Set
@@ -52,6 +53,7 @@ func newWatcher(query Query, agent *agent, release func(), log *logSource) *watc
 		agent:     agent,
 		question:  query.question(),
 		subject:   zap.String("service", query.Service),
+		read:      w.read,
 		take:      w.take,
 		tide:      func() *tide { return agent.tide(query.Datacenter, query.Consistency, query.Wait) },
 		disturbed: w.keeper.serveStored,
@@ -80,24 +82,26 @@ var errRightsLost = errors.New("the answer is empty because the token may no lon
 
 const rightsNeeded = "it needs service:read on the service and node:read on its nodes"
 
+func (w *watcher) read(body io.Reader) (err error) {
+	w.elements, err = w.reader.read(body)
+	return err
+}
+
 // take publishes what is new in an answer.
 //
 // A server of Consul that was restarted answers while it still reads its log, and
 // tells what was so long ago: instances that are gone, and none of those that
 // came since. Its index gives it away.
 func (w *watcher) take(a *answer) error {
-	digest := digestOf(a)
-	if digest == w.last {
+	elements := w.elements
+	w.elements = nil
+	if w.reader.repeats(elements) && a.filtered == w.filtered {
 		return nil
 	}
 	if a.outdated {
 		return errUnconfirmed
 	}
-	instances, err := w.reader.read(a.body)
-	if err != nil {
-		return err
-	}
-	if instances.count == 0 && w.hasEndpoints() {
+	if len(elements) == 0 && w.hasEndpoints() {
 		switch {
 		case a.filtered:
 			return errRightsLost
@@ -105,12 +109,14 @@ func (w *watcher) take(a *answer) error {
 			return errUnconfirmed
 		}
 	}
-	if instances.count == 0 && a.filtered && w.set.Load() == nil {
+	if len(elements) == 0 && a.filtered && w.set.Load() == nil {
 		w.loggers.newest().Warn("the token may see no instance of the service, if there are any: "+rightsNeeded, w.subject)
 	}
-	w.publish(instances.endpoints)
-	w.reportRefused(instances.refused)
-	w.last = digest
+	endpoints, refused := w.query.endpoints(elements)
+	w.publish(endpoints)
+	w.reportRefused(refused)
+	w.reader.take(elements)
+	w.filtered = a.filtered
 	return nil
 }
 
@@ -185,18 +191,4 @@ func (w *watcher) reportRefused(refused []error) {
 		w.loggers.newest().Warn("instances left out because they can't be dialled",
 			w.subject, zap.Int("instances", len(refused)), zap.Error(refused[0]))
 	}
-}
-
-// bodyDigest tells whether an answer repeats the one before, which then need
-// not be read again.
-type bodyDigest struct {
-	size     int
-	sum      uint64
-	filtered bool
-}
-
-var digestSeed = maphash.MakeSeed()
-
-func digestOf(a *answer) bodyDigest {
-	return bodyDigest{len(a.body), maphash.Bytes(digestSeed, a.body), a.filtered}
 }

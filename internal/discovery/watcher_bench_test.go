@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -81,7 +82,10 @@ func newBenchWatcher() *watcher {
 
 func (w *watcher) benchTake(b *testing.B, body []byte) {
 	b.Helper()
-	if err := w.take(&answer{body: body}); err != nil {
+	if err := w.read(bytes.NewReader(body)); err != nil {
+		b.Fatal(err)
+	}
+	if err := w.take(&answer{}); err != nil {
 		b.Fatal(err)
 	}
 }
