@@ -31,9 +31,9 @@ func init() {
 //
 // Short cycles, of a total weight of up to 4,096 after division by the greatest
 // common divisor, follow a schedule made in advance (Tijdeman's chairman
-// assignment); longer ones a Huffman tree, each fork of which deals its turns
-// out as Bresenham's line does. A request takes one atomic addition and no
-// lock.
+// assignment); longer ones a Huffman tree of the different weights, each fork of
+// which deals its turns out as Bresenham's line does, and the instances of one
+// weight take turns. A request takes one atomic addition and no lock.
 type WeightedRoundRobin struct {
 	phase uint64
 	turns endpoint.PerOrigin[atomic.Uint64] // of nominations
@@ -73,6 +73,9 @@ func (*WeightedRoundRobin) Share(e *endpoint.Endpoint) int { return e.Weight }
 
 // Select returns an available upstream, or nil if there is none.
 func (p *WeightedRoundRobin) Select(pool reverseproxy.UpstreamPool, r *http.Request, _ http.ResponseWriter) *reverseproxy.Upstream {
+	if len(pool) == 1 {
+		return ifAvailable(pool[0])
+	}
 	var memory [poolOnStack]int
 	weights, ok := usableWeights(memory[:0], r, pool)
 	if !ok {

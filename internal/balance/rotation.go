@@ -19,16 +19,20 @@ const maxSlots = 4096
 //
 // While that total is small the turns are written out in advance, and no index
 // is ever as far as 1 from its ideal number of picks, counted from the start
-// of a cycle. Otherwise a tree of forks finds pick n in some log2(len(weights))
-// steps, and no index is further than 3.36 from its ideal number of picks over
-// any stretch, of whatever length.
+// of a cycle. Otherwise a tree of forks finds whose turn pick n is among the
+// different weights, in some log2 of their number of steps, and the indices of
+// one weight take turns. Then no index is further than 3.36 from its ideal
+// number of picks over any stretch, of whatever length.
 type Rotation struct {
 	total uint64
 
 	// slots is one cycle. It is nil if there is a tree, and also if every
 	// index has the same weight, when pick n is n mod total.
 	slots []int32
-	forks []fork
+
+	forks   []fork
+	groups  []group
+	members []int32 // of the groups, one after the other
 }
 
 // NewRotation returns a Rotation over the weights, of which there must be at
@@ -51,7 +55,8 @@ func NewRotation(weights []int) *Rotation {
 	case total <= maxSlots:
 		r.slots = newSchedule(indices, shares, total)
 	default:
-		r.forks = newForks(indices, shares)
+		r.groups, r.members = newGroups(indices, shares)
+		r.forks = newForks(r.groups)
 	}
 	return r
 }
@@ -63,7 +68,8 @@ func (r *Rotation) At(n uint64) int {
 	case r.slots != nil:
 		return int(r.slots[n])
 	case r.forks != nil:
-		return descend(r.forks, n)
+		g, rank := descend(r.forks, n)
+		return r.groups[g].pick(r.members, rank)
 	default:
 		return int(n)
 	}
@@ -159,7 +165,51 @@ func (h *deadlines) pop() deadline {
 	}
 }
 
-// fork is an inner node of a tree whose leaves are indices. It deals the picks
+// group is the indices that have the same weight.
+type group struct {
+	share       uint64 // of each
+	first, size uint32 // where the indices are among the members
+}
+
+// newGroups groups the indices by share, each group in ascending order.
+func newGroups(indices []int32, shares []uint64) (groups []group, members []int32) {
+	places := make(map[uint64]int)
+	for _, i := range indices {
+		g, ok := places[shares[i]]
+		if !ok {
+			g = len(groups)
+			places[shares[i]] = g
+			groups = append(groups, group{share: shares[i]})
+		}
+		groups[g].size++
+	}
+	ends := make([]uint32, len(groups))
+	for g := range groups {
+		if g > 0 {
+			groups[g].first = groups[g-1].first + groups[g-1].size
+		}
+		ends[g] = groups[g].first
+	}
+	members = make([]int32, len(indices))
+	for _, i := range indices {
+		g := places[shares[i]]
+		members[ends[g]] = i
+		ends[g]++
+	}
+	return groups, members
+}
+
+// weight is that of all members together.
+func (g *group) weight() uint64 { return g.share * uint64(g.size) }
+
+// pick returns the index that has the group's pick n. So a member of a group of
+// several is less than 1 off its share of the group's picks, and inherits a half
+// at most of what the group is off.
+func (g *group) pick(members []int32, n uint64) int {
+	return int(members[uint64(g.first)+n%uint64(g.size)])
+}
+
+// fork is an inner node of a tree whose leaves are groups. It deals the picks
 // that reach it out to two sides as Bresenham's line does: of its first k
 // picks, k × slope go left, rounded. Thus each pick knows its rank on its side,
 // and that is its rank at the next fork.
@@ -172,24 +222,28 @@ func (h *deadlines) pop() deadline {
 // the picks, since the heaviest leaves are next to the root.
 type fork struct {
 	slope       uint64 // the left side's share, as a fraction of 1<<64
-	left, right int32  // a fork, or the complement of an index
+	left, right int32  // a fork, or the complement of a group
 }
 
-// newForks returns a Huffman tree over the indices, by weight, the root last.
+// newForks returns a Huffman tree over the groups, by weight, the root last.
 // There must be at least two.
-func newForks(indices []int32, shares []uint64) []fork {
-	leaves := slices.SortedStableFunc(slices.Values(indices), func(a, b int32) int {
-		return cmp.Compare(shares[a], shares[b])
+func newForks(groups []group) []fork {
+	leaves := make([]int32, len(groups))
+	for g := range groups {
+		leaves[g] = int32(g)
+	}
+	slices.SortStableFunc(leaves, func(a, b int32) int {
+		return cmp.Compare(groups[a].weight(), groups[b].weight())
 	})
 	size := len(leaves) - 1
 	forks := make([]fork, 0, size)
 	weights := make([]uint64, 0, size) // of the forks: ascending, as the leaves are
 	joined := 0
 	lightest := func() (node int32, weight uint64) {
-		if len(leaves) > 0 && (joined == len(forks) || shares[leaves[0]] <= weights[joined]) {
+		if len(leaves) > 0 && (joined == len(forks) || groups[leaves[0]].weight() <= weights[joined]) {
 			leaf := leaves[0]
 			leaves = leaves[1:]
-			return ^leaf, shares[leaf]
+			return ^leaf, groups[leaf].weight()
 		}
 		joined++
 		return int32(joined - 1), weights[joined-1]
@@ -204,10 +258,11 @@ func newForks(indices []int32, shares []uint64) []fork {
 	return forks
 }
 
-// descend returns the index that pick n arrives at. The slopes are rounded
-// down by less than 1<<-64, which the rounding of k × slope to the nearest
-// integer makes up for: over a whole cycle each side gets its weight exactly.
-func descend(forks []fork, n uint64) int {
+// descend returns the group that pick n arrives at, and its rank there. The
+// slopes are rounded down by less than 1<<-64, which the rounding of k × slope
+// to the nearest integer makes up for: over a whole cycle each side gets its
+// weight exactly.
+func descend(forks []fork, n uint64) (leaf int, rank uint64) {
 	node := int32(len(forks) - 1)
 	for node >= 0 {
 		f := &forks[node]
@@ -219,5 +274,5 @@ func descend(forks []fork, n uint64) int {
 		n = rank&left | (n-rank)&^left
 		node = f.left&int32(left) | f.right&^int32(left)
 	}
-	return int(^node)
+	return int(^node), n
 }
