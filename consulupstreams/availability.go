@@ -64,7 +64,7 @@ func (w *witness) Select(pool reverseproxy.UpstreamPool, r *http.Request, rw htt
 	}
 	known := w.known.of(o.Set())
 	for upstream, i := range o.All {
-		known.remember(upstream, i)
+		known.remember(upstream, i, o.MayBeKept())
 	}
 	if _, nominated := w.source.offering.(*nominated); !nominated {
 		if upstream := w.policy.Select(pool, r, rw); upstream != nil {

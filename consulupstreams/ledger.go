@@ -101,9 +101,15 @@ func (l *ledger) withUnseen(index []int32, o *endpoint.Offer) []int32 {
 	return index
 }
 
-// remember takes note of an upstream of endpoint i that Caddy has provisioned.
-func (l *ledger) remember(upstream *reverseproxy.Upstream, i int) {
-	if present := l.upstream(i); present == nil || present.Host != upstream.Host {
-		l.upstreams[i].Store(upstream)
+// remember takes note of an upstream of endpoint i that Caddy has provisioned. If
+// it says anything new but may not be kept, the endpoint is unseen again, and the
+// next request that it is nominated for gets one that may.
+func (l *ledger) remember(upstream *reverseproxy.Upstream, i int, mayBeKept bool) {
+	if present := l.upstream(i); present != nil && present.Host == upstream.Host {
+		return
 	}
+	if !mayBeKept {
+		upstream = nil
+	}
+	l.upstreams[i].Store(upstream)
 }

@@ -25,7 +25,29 @@ func instancesAt(addresses ...string) []endpoint.Endpoint {
 // rememberAll takes note of an upstream, of a host of its own, for each of l.
 func rememberAll(l *ledger) {
 	for i := range l.set.Len() {
-		l.remember(&reverseproxy.Upstream{Dial: l.set.At(i).Dial, Host: new(reverseproxy.Host)}, i)
+		l.remember(&reverseproxy.Upstream{Dial: l.set.At(i).Dial, Host: new(reverseproxy.Host)}, i, true)
+	}
+}
+
+// Caddy forgets a host that has had no request for long and makes it anew. What
+// the old one says must not be believed then, but an upstream that would keep a
+// request's memory alive must not be noted either.
+func TestAHostMadeAnewIsNoticed(t *testing.T) {
+	l := newLedger(endpoint.NewSet(&endpoint.Origin{}, instancesAt("a")), nil)
+	rememberAll(l)
+	old := l.upstream(0)
+	l.remember(&reverseproxy.Upstream{Dial: "a", Host: old.Host}, 0, false)
+	if got := l.upstream(0); got != old {
+		t.Errorf("the same host again: got %p, want what was noted, %p", got, old)
+	}
+	anew := &reverseproxy.Upstream{Dial: "a", Host: new(reverseproxy.Host)}
+	l.remember(anew, 0, false)
+	if got := l.upstream(0); got != nil || !l.mayRefuse(0) {
+		t.Errorf("another host, of an upstream that may not be kept: got %p, want nothing noted", got)
+	}
+	l.remember(anew, 0, true)
+	if got := l.upstream(0); got != anew {
+		t.Errorf("another host, of an upstream that may be kept: got %p, want %p", got, anew)
 	}
 }
 

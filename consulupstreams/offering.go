@@ -129,13 +129,10 @@ type nominated struct {
 func (n *nominated) offer(set *endpoint.Set, o *endpoint.Offer, r *http.Request) []*reverseproxy.Upstream {
 	known := n.known.of(set)
 	nominee := n.draw(set, known, o, r)
-	switch {
-	case known == nil:
-		return o.One(set, nominee)
-	case known.mayRefuse(nominee):
+	if known.mayRefuse(nominee) {
 		return o.Some(set, known.withUnseen([]int32{int32(nominee)}, o))
 	}
-	return o.OneToKeep(set, nominee)
+	return o.One(set, nominee)
 }
 
 // draw returns a nominee that this request hasn't tried and that Caddy would

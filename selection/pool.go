@@ -35,3 +35,12 @@ func usableWeights(dst []int, r *http.Request, pool reverseproxy.UpstreamPool) (
 	}
 	return weights, ok
 }
+
+// ifAvailable returns an upstream that is the only one, or nil. It is what a
+// policy is asked for as a rule, when the source has nominated.
+func ifAvailable(only *reverseproxy.Upstream) *reverseproxy.Upstream {
+	if only.Available() {
+		return only
+	}
+	return nil
+}

@@ -50,6 +50,9 @@ func (Random) Share(e *endpoint.Endpoint) int { return min(e.Weight, 1) }
 
 // Select returns an available upstream, or nil if there is none.
 func (Random) Select(pool reverseproxy.UpstreamPool, r *http.Request, _ http.ResponseWriter) *reverseproxy.Upstream {
+	if len(pool) == 1 {
+		return ifAvailable(pool[0])
+	}
 	var memory [poolOnStack]int
 	weights, _ := usableWeights(memory[:0], r, pool)
 	return drawEqually(pool, weights)

@@ -65,6 +65,9 @@ func (*RoundRobin) Share(e *endpoint.Endpoint) int { return min(e.Weight, 1) }
 // that can't be used has its turn all the same: to give it to the next one
 // would double the load of that.
 func (p *RoundRobin) Select(pool reverseproxy.UpstreamPool, r *http.Request, _ http.ResponseWriter) *reverseproxy.Upstream {
+	if len(pool) == 1 {
+		return ifAvailable(pool[0])
+	}
 	var memory [poolOnStack]int
 	weights, ok := usableWeights(memory[:0], r, pool)
 	if !ok {

@@ -55,6 +55,9 @@ func (WeightedRandom) Share(e *endpoint.Endpoint) int { return e.Weight }
 
 // Select returns an available upstream, or nil if there is none.
 func (WeightedRandom) Select(pool reverseproxy.UpstreamPool, r *http.Request, _ http.ResponseWriter) *reverseproxy.Upstream {
+	if len(pool) == 1 {
+		return ifAvailable(pool[0])
+	}
 	var (
 		memory    [poolOnStack]int
 		reservoir balance.Reservoir

@@ -24,15 +24,54 @@ const maxTried = 64
 type Offer struct {
 	source any
 	set    *Set
-	pool   []*reverseproxy.Upstream
-	index  []int32 // pool[i] stands for set.At(index[i])
-	tried  []string
 	next   *Offer
+	rest   *rest // nil for most requests, which get one upstream at their only attempt
 
-	// the memory of a pool of one, which is what most requests get
+	// a pool of one
 	onePool  [1]*reverseproxy.Upstream
 	oneIndex [1]int32
 	upstream reverseproxy.Upstream
+}
+
+// rest is what only some offers have.
+type rest struct {
+	pool  []*reverseproxy.Upstream // nil if it is one
+	index []int32
+	tried []string
+}
+
+// pool returns what was offered.
+func (o *Offer) pool() []*reverseproxy.Upstream {
+	switch {
+	case o.rest != nil && o.rest.pool != nil:
+		return o.rest.pool
+	case o.onePool[0] != nil:
+		return o.onePool[:]
+	}
+	return nil
+}
+
+// index returns the indices in the Set of what was offered.
+func (o *Offer) index() []int32 {
+	if o.rest != nil && o.rest.pool != nil {
+		return o.rest.index
+	}
+	return o.oneIndex[:len(o.pool())]
+}
+
+func (o *Offer) tried() []string {
+	if o.rest == nil {
+		return nil
+	}
+	return o.rest.tried
+}
+
+// withRest returns the rest, which there is from then on.
+func (o *Offer) withRest() *rest {
+	if o.rest == nil {
+		o.rest = new(rest)
+	}
+	return o.rest
 }
 
 // OfferOf returns what the source has offered to this request so far, or nil.
@@ -73,58 +112,62 @@ func firstOffer(r *http.Request) *Offer {
 	return first
 }
 
-// One makes endpoint i of set the whole offer. Its upstream must not be kept
-// beyond the request, for the Offer and the Set would be kept with it.
+// One makes endpoint i of set the whole offer.
 func (o *Offer) One(set *Set, i int) []*reverseproxy.Upstream {
-	if o.pool != nil { // a retry: Caddy may still read what it got first
-		return o.OneToKeep(set, i)
+	upstream := &o.upstream
+	if o.set != nil { // a retry: Caddy may still read what it got first
+		upstream = new(reverseproxy.Upstream)
 	}
-	o.upstream.Dial = set.At(i).Dial
-	return o.one(set, i, &o.upstream)
-}
-
-// OneToKeep makes endpoint i of set the whole offer. Its upstream may be kept.
-func (o *Offer) OneToKeep(set *Set, i int) []*reverseproxy.Upstream {
-	return o.one(set, i, &reverseproxy.Upstream{Dial: set.At(i).Dial})
-}
-
-func (o *Offer) one(set *Set, i int, upstream *reverseproxy.Upstream) []*reverseproxy.Upstream {
-	o.onePool[0], o.oneIndex[0] = upstream, int32(i)
-	o.set, o.pool, o.index = set, o.onePool[:], o.oneIndex[:]
-	return o.pool
+	upstream.Dial = set.dials[i]
+	o.set, o.onePool[0], o.oneIndex[0] = set, upstream, int32(i)
+	if o.rest != nil {
+		o.rest.pool, o.rest.index = nil, nil
+	}
+	return o.onePool[:]
 }
 
 // Some makes the endpoints of set at index the offer, which takes index over.
+// Unlike that of One, its upstreams may be kept beyond the request: the Offer
+// and the Set are not kept with them.
 func (o *Offer) Some(set *Set, index []int32) []*reverseproxy.Upstream {
 	block := make([]reverseproxy.Upstream, len(index))
-	o.set, o.index = set, index
-	o.pool = make([]*reverseproxy.Upstream, len(index))
+	pool := make([]*reverseproxy.Upstream, len(index))
 	for i, at := range index {
-		block[i].Dial = set.At(int(at)).Dial
-		o.pool[i] = &block[i]
+		block[i].Dial = set.dials[at]
+		pool[i] = &block[i]
 	}
-	return o.pool
+	o.set = set
+	rest := o.withRest()
+	rest.pool, rest.index = pool, index
+	return pool
 }
 
 // Add makes endpoint i of the last offer's Set part of it, as an upstream that
 // Caddy has provisioned already.
 func (o *Offer) Add(upstream *reverseproxy.Upstream, i int) {
-	o.pool = append(slices.Clip(o.pool), upstream)
-	o.index = append(slices.Clip(o.index), int32(i))
+	pool, index := append(slices.Clip(o.pool()), upstream), append(slices.Clip(o.index()), int32(i))
+	rest := o.withRest()
+	rest.pool, rest.index = pool, index
 }
+
+// MayBeKept reports whether the upstreams offered last may be kept beyond the
+// request.
+func (o *Offer) MayBeKept() bool { return o.rest != nil && o.rest.pool != nil }
 
 // Set returns the Set that the last offer was made from.
 func (o *Offer) Set() *Set { return o.set }
 
 // Is reports whether pool is what was offered last.
 func (o *Offer) Is(pool []*reverseproxy.Upstream) bool {
-	return len(pool) > 0 && len(pool) == len(o.pool) && pool[0] == o.pool[0]
+	offered := o.pool()
+	return len(pool) > 0 && len(pool) == len(offered) && pool[0] == offered[0]
 }
 
 // All calls yield with each upstream offered last and the index of its endpoint.
 func (o *Offer) All(yield func(u *reverseproxy.Upstream, i int) bool) {
-	for at, u := range o.pool {
-		if !yield(u, int(o.index[at])) {
+	index := o.index()
+	for at, u := range o.pool() {
+		if !yield(u, int(index[at])) {
 			return
 		}
 	}
@@ -133,14 +176,15 @@ func (o *Offer) All(yield func(u *reverseproxy.Upstream, i int) bool) {
 // RememberAttempt takes note of the upstream that the last attempt went to.
 // Caddy names it in a placeholder, whichever policy chose it.
 func (o *Offer) RememberAttempt(r *http.Request) {
-	if e := o.Chosen(r); e != nil && !slices.Contains(o.tried, e.Dial) && len(o.tried) < maxTried {
-		o.tried = append(o.tried, e.Dial)
+	if e := o.Chosen(r); e != nil && !o.HasTried(e) && len(o.tried()) < maxTried {
+		rest := o.withRest()
+		rest.tried = append(rest.tried, e.Dial)
 	}
 }
 
 // HasTried reports whether an earlier attempt of this request went to e.
 func (o *Offer) HasTried(e *Endpoint) bool {
-	return len(o.tried) > 0 && slices.Contains(o.tried, e.Dial)
+	return o.rest != nil && slices.Contains(o.rest.tried, e.Dial)
 }
 
 // Chosen returns the endpoint of the last offer that Caddy went for, or nil.
@@ -154,7 +198,7 @@ func (o *Offer) Chosen(r *http.Request) *Endpoint {
 	if hostport == "" {
 		return nil
 	}
-	for _, at := range o.index {
+	for _, at := range o.index() {
 		if e := o.set.At(int(at)); e.IsDialledAs(hostport) {
 			return e
 		}
@@ -167,18 +211,22 @@ func (o *Offer) Chosen(r *http.Request) *Endpoint {
 // are recognised by the identity of their upstreams, which must be in the pool
 // in the order of the offer, so the cost is that of one walk over the pool.
 func Weights(dst []int, r *http.Request, pool reverseproxy.UpstreamPool) []int {
-	first := firstOffer(r)
-	offer, at := first, 0
+	var (
+		first   = firstOffer(r)
+		offer   *Offer
+		offered []*reverseproxy.Upstream
+		at      int
+	)
 	for _, u := range pool {
-		if offer == nil || at >= len(offer.pool) || offer.pool[at] != u {
+		if at >= len(offered) || offered[at] != u {
 			start := startingWith(first, u)
 			if start == nil {
 				dst = append(dst, 1)
 				continue
 			}
-			offer, at = start, 0
+			offer, offered, at = start, start.pool(), 0
 		}
-		dst = append(dst, offer.set.At(int(offer.index[at])).Weight)
+		dst = append(dst, offer.set.At(int(offer.index()[at])).Weight)
 		at++
 	}
 	return dst
@@ -188,7 +236,7 @@ func Weights(dst []int, r *http.Request, pool reverseproxy.UpstreamPool) []int {
 // upstream is u, or nil.
 func startingWith(first *Offer, u *reverseproxy.Upstream) *Offer {
 	for o := first; o != nil; o = o.next {
-		if len(o.pool) > 0 && o.pool[0] == u {
+		if pool := o.pool(); len(pool) > 0 && pool[0] == u {
 			return o
 		}
 	}

@@ -23,6 +23,7 @@ type Set struct {
 	origin    *Origin
 	number    uint64 // among the Sets of the origin
 	endpoints []Endpoint
+	dials     []string // of the endpoints: small enough to be at hand in a processor's cache
 	eligible  []int32
 	alias     *balance.Alias
 	rotation  *balance.Rotation
@@ -36,8 +37,10 @@ func NewSet(origin *Origin, endpoints []Endpoint) *Set {
 		return s
 	}
 	weights := make([]int, len(endpoints))
+	s.dials = make([]string, len(endpoints))
 	s.eligible = make([]int32, 0, len(endpoints))
 	for i := range endpoints {
+		s.dials[i] = endpoints[i].Dial
 		if endpoints[i].Weight > 0 {
 			weights[i] = endpoints[i].Weight
 			s.eligible = append(s.eligible, int32(i))
