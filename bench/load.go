@@ -38,22 +38,34 @@ func newGenerator(t caddytest.TB) generator {
 	if path, err := exec.LookPath("wrk"); err == nil {
 		return wrk{path}
 	}
-	binary := filepath.Join(t.TempDir(), "vegeta")
-	run(t, nil, "go", "build", "-modfile=tools/vegeta/go.mod", "-o", binary, "github.com/tsenart/vegeta/v12")
-	return vegeta{binary}
+	return newVegeta(t)
 }
 
 // run runs a program in the root of the checkout and returns what it prints.
 func run(t caddytest.TB, stdin []byte, program string, args ...string) string {
 	t.Helper()
+	return start(t, stdin, program, args...)()
+}
+
+// start starts a program in the root of the checkout. The function that it
+// returns waits for its end and returns what it has printed.
+func start(t caddytest.TB, stdin []byte, program string, args ...string) (wait func() string) {
+	t.Helper()
 	cmd := exec.CommandContext(t.Context(), program, args...)
 	cmd.Stdin = bytes.NewReader(stdin)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		t.Fatalf("running %s %s: %v\n%s", program, strings.Join(args, " "), err, stderr.Bytes())
+	err := cmd.Start()
+	return func() string {
+		t.Helper()
+		if err == nil {
+			err = cmd.Wait()
+		}
+		if err != nil {
+			t.Fatalf("running %s %s: %v\n%s", program, strings.Join(args, " "), err, stderr.Bytes())
+		}
+		return stdout.String()
 	}
-	return stdout.String()
 }
 
 // wrk is https://github.com/wg/wrk.
@@ -148,9 +160,30 @@ func parseWrk(output string) (l load, err error) {
 // vegeta is https://github.com/tsenart/vegeta.
 type vegeta struct{ path string }
 
+// newVegeta builds vegeta.
+func newVegeta(t caddytest.TB) vegeta {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "vegeta")
+	run(t, nil, "go", "build", "-modfile=tools/vegeta/go.mod", "-o", binary, "github.com/tsenart/vegeta/v12")
+	return vegeta{binary}
+}
+
 func (vegeta) name() string { return "vegeta" }
 
 func (v vegeta) load(t caddytest.TB, url string, hosts []string, duration time.Duration) load {
+	t.Helper()
+	workers := strconv.Itoa(connections)
+	return v.attack(t, url, hosts, "-rate", "0", "-workers", workers, "-max-workers", workers,
+		"-connections", workers, "-duration", duration.String())()
+}
+
+// steady starts to send requests at a steady rate, whatever becomes of them.
+func (v vegeta) steady(t caddytest.TB, url string, rate int, duration time.Duration) (wait func() load) {
+	t.Helper()
+	return v.attack(t, url, nil, "-rate", strconv.Itoa(rate)+"/s", "-duration", duration.String())
+}
+
+func (v vegeta) attack(t caddytest.TB, url string, hosts []string, options ...string) (wait func() load) {
 	t.Helper()
 	var targets strings.Builder
 	for _, host := range hosts {
@@ -160,9 +193,16 @@ func (v vegeta) load(t caddytest.TB, url string, hosts []string, duration time.D
 		fmt.Fprintf(&targets, "GET %s\n", url)
 	}
 	samples := filepath.Join(t.TempDir(), "samples")
-	workers := strconv.Itoa(connections)
-	run(t, []byte(targets.String()), v.path, "attack", "-rate", "0", "-workers", workers, "-max-workers", workers,
-		"-connections", workers, "-duration", duration.String(), "-output", samples)
+	ended := start(t, []byte(targets.String()), v.path, append([]string{"attack", "-output", samples}, options...)...)
+	return func() load {
+		t.Helper()
+		ended()
+		return v.report(t, samples)
+	}
+}
+
+func (v vegeta) report(t caddytest.TB, samples string) load {
+	t.Helper()
 	var report struct {
 		Throughput float64
 		Requests   int

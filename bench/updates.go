@@ -6,6 +6,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/url"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -24,10 +28,16 @@ const (
 	followingPause = 300 * time.Millisecond
 )
 
-// updatesResult compares a proxy whose service changes all the time with the
+// updatesResult holds the same comparison twice.
+type updatesResult struct {
+	Shared *updatesComparison // all processes share the cores
+	Apart  *updatesComparison // the agent has a core of its own, if that can be had
+}
+
+// updatesComparison compares a proxy whose service changes all the time with the
 // same proxy while nothing changes, and with one of static upstreams beside
 // which another process follows the same changes.
-type updatesResult struct {
+type updatesComparison struct {
 	Quiet, Flood, Beside []period
 	Published            []time.Duration // from the last change of a flood
 }
@@ -43,42 +53,85 @@ type period struct {
 }
 
 func measureUpdates(t caddytest.TB, settings *settings, r *results) {
-	s := newStage(t)
-	s.registerNodes()
-	service := serviceOf(floodInstances)
-	s.register(service, 0, floodInstances)
-	s.agent.WaitHealthy(service, floodInstances)
-	ours := s.startProxy("reverse_proxy {\n\tdynamic consul " + service + "\n}")
-	other := s.startProxy(statics(s, 3, ""))
-	generator := newGenerator(t)
-	generator.load(t, ours.url, nil, settings.warmUp) // opens the connections
-	generator.load(t, other.url, nil, settings.warmUp)
-
-	result := new(updatesResult)
-	for round := range floodRounds {
-		quiet := ours.observe(func() { caddytest.Pause(t, floodDuration) })
-
-		flood, published := ours.observeFlood(s, service)
-
-		var beside period
-		s.whileFollowing(service, func() {
-			beside = other.observe(func() { s.flood(service) })
-		})
-		progress("round %d: p99 quiet %v, flood %v, beside %v; %d changes written, %d answers, %d Sets, processor time %v against %v; last change published after %v",
-			round+1, quiet.P99, flood.P99, beside.P99, flood.Written, flood.Answers, flood.Sets, flood.CPU, quiet.CPU, published)
-		result.Quiet, result.Flood, result.Beside = append(result.Quiet, quiet), append(result.Flood, flood), append(result.Beside, beside)
-		result.Published = append(result.Published, published)
+	r.Updates = &updatesResult{Shared: compareUpdates(t, settings, func(*caddytest.Agent) {})}
+	if !canPin() {
+		progress("without taskset or a second core, the agent can't be given one of its own")
+		return
 	}
-	r.Updates = result
+	self, cores := os.Getpid(), runtime.NumCPU()
+	pin(t, self, 0, cores-2) // and all that it starts
+	r.Updates.Apart = compareUpdates(t, settings, func(agent *caddytest.Agent) { pin(t, agent.PID(), cores-1, cores-1) })
+	pin(t, self, 0, cores-1)
+}
+
+// canPin reports whether processes can be told which cores to run on.
+func canPin() bool {
+	_, err := exec.LookPath("taskset")
+	return err == nil && runtime.NumCPU() > 1
+}
+
+// pin has a process run on some cores only.
+func pin(t caddytest.TB, pid, first, last int) {
+	t.Helper()
+	run(t, nil, "taskset", "--all-tasks", "--pid", "--cpu-list", fmt.Sprintf("%d-%d", first, last), strconv.Itoa(pid))
+}
+
+// compareUpdates compares on a stage of its own, whose agent place puts in its
+// place.
+func compareUpdates(t caddytest.TB, settings *settings, place func(*caddytest.Agent)) *updatesComparison {
+	t.Helper()
+	result := new(updatesComparison)
+	ok := caddytest.Run("updates", func(t caddytest.TB) {
+		s := newStage(t)
+		place(s.agent)
+		s.registerNodes()
+		service := serviceOf(floodInstances)
+		s.register(service, 0, floodInstances)
+		s.agent.WaitHealthy(service, floodInstances)
+		ours := s.startProxy("reverse_proxy {\n\tdynamic consul " + service + "\n}")
+		other := s.startProxy(statics(s, 3, ""))
+		generator := newVegeta(t)
+		generator.load(t, ours.url, nil, settings.warmUp) // opens the connections
+		generator.load(t, other.url, nil, settings.warmUp)
+		for round := range floodRounds {
+			result.measure(s, service, ours, other, generator)
+			progress("round %d: %s", round+1, result.latest())
+		}
+	})
+	if !ok {
+		t.Fatalf("measuring updates failed")
+	}
+	return result
+}
+
+// measure measures one round.
+func (c *updatesComparison) measure(s *stage, service string, ours, other *proxy, generator vegeta) {
+	s.t.Helper()
+	quiet := ours.observe(generator, func() { caddytest.Pause(s.t, floodDuration) })
+	flood, published := ours.observeFlood(generator, s, service)
+	var beside period
+	s.whileFollowing(service, func() {
+		beside = other.observe(generator, func() { s.flood(service) })
+	})
+	c.Quiet, c.Flood, c.Beside = append(c.Quiet, quiet), append(c.Flood, flood), append(c.Beside, beside)
+	c.Published = append(c.Published, published)
+}
+
+// latest tells of the latest round.
+func (c *updatesComparison) latest() string {
+	i := len(c.Quiet) - 1
+	quiet, flood, beside := c.Quiet[i], c.Flood[i], c.Beside[i]
+	return fmt.Sprintf("p99 quiet %v, flood %v, beside %v; %d changes written, %d answers, %d Sets, processor time %v against %v; last change published after %v",
+		quiet.P99, flood.P99, beside.P99, flood.Written, flood.Answers, flood.Sets, flood.CPU, quiet.CPU, c.Published[i])
 }
 
 // observeFlood measures the proxy while its service changes all the time, and
 // how long after the last change that was published.
-func (p *proxy) observeFlood(s *stage, service string) (flood period, published time.Duration) {
+func (p *proxy) observeFlood(generator vegeta, s *stage, service string) (flood period, published time.Duration) {
 	p.t.Helper()
 	before := p.status(service)
 	var written int
-	flood = p.observe(func() { written = s.flood(service) })
+	flood = p.observe(generator, func() { written = s.flood(service) })
 	setFirst := func(passing bool) time.Duration {
 		s.setCheck(service, 0, passing)
 		return p.lag(service, change{service + "-0", passing, time.Now()})
@@ -91,17 +144,19 @@ func (p *proxy) observeFlood(s *stage, service string) (flood period, published 
 }
 
 // observe measures the proxy under steady traffic while something happens.
-func (p *proxy) observe(happens func()) period {
+func (p *proxy) observe(generator vegeta, happens func()) period {
 	p.t.Helper()
 	cpu, start := p.cpu(), time.Now()
-	traffic := caddytest.StartTraffic(p.t, p.url, caddytest.Rate(steadyRate))
+	traffic := generator.steady(p.t, p.url, steadyRate, floodDuration)
 	happens()
-	report := traffic.Stop()
-	report.RequireSuccess(p.t)
+	load := traffic()
+	if load.Failures > 0 {
+		p.t.Fatalf("%d requests failed", load.Failures)
+	}
 	return period{
 		Duration: time.Since(start),
-		P50:      report.Quantile(0.5),
-		P99:      report.Quantile(0.99),
+		P50:      load.P50,
+		P99:      load.P99,
 		CPU:      p.cpu() - cpu,
 	}
 }
@@ -240,25 +295,33 @@ func (p period) perSecond(n int) float64 { return float64(n) / p.Duration.Second
 
 func (u *updatesResult) section() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "\n## Updates\n\nA service of %s instances, of which %d change their health in a second, under %s requests/s. Medians of %d rounds of %v each.\n\n",
-		grouped(floodInstances), floodRate, grouped(steadyRate), len(u.Flood), floodDuration)
-	b.WriteString("| | quiet | changing | 3 static upstreams, another process follows |\n| --- | ---: | ---: | ---: |\n")
+	fmt.Fprintf(&b, "\n## Updates\n\nA service of %s instances, of which %d change their health in a second, under %s requests/s. Medians of %d rounds of %v each.\n",
+		grouped(floodInstances), floodRate, grouped(steadyRate), len(u.Shared.Flood), floodDuration)
+	u.Shared.write(&b, "all on the same cores")
+	if u.Apart != nil {
+		u.Apart.write(&b, "the agent on a core of its own")
+	}
+	return b.String()
+}
+
+func (c *updatesComparison) write(b *strings.Builder, title string) {
+	fmt.Fprintf(b, "\n| %s | quiet | changing | 3 static upstreams, another process follows |\n| --- | ---: | ---: | ---: |\n", title)
 	line := func(name string, figure func(period) float64, write func(float64) string) {
-		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", name,
-			write(medianOf(u.Quiet, figure)), write(medianOf(u.Flood, figure)), write(medianOf(u.Beside, figure)))
+		fmt.Fprintf(b, "| %s | %s | %s | %s |\n", name,
+			write(medianOf(c.Quiet, figure)), write(medianOf(c.Flood, figure)), write(medianOf(c.Beside, figure)))
 	}
 	plain := func(f float64) string { return fmt.Sprintf("%.1f", f) }
 	line("latency, p50", period.p50, milliseconds)
 	line("latency, p99", period.p99, milliseconds)
+	fmt.Fprintf(b, "| p99, of the quiet one | 1.00 | %.2f | %.2f |\n",
+		medianRatio(c.Flood, c.Quiet, period.p99), medianRatio(c.Beside, c.Quiet, period.p99))
 	line("processor time of Caddy, % of a core", period.load, plain)
-	fmt.Fprintf(&b, "\np99 is %.2f times the quiet one; %.2f times in the last column, which shows what the agent's own work on the same cores does to it. Following the changes takes %.1f %% of a core. In each second %.0f changes were written, %.1f answers read and %.1f Sets published. The last change of a flood was published after %s (worst %s).\n",
-		medianRatio(u.Flood, u.Quiet, period.p99), medianRatio(u.Beside, u.Quiet, period.p99),
-		medianOf(u.Flood, period.load)-medianOf(u.Quiet, period.load),
-		medianOf(u.Flood, func(p period) float64 { return p.perSecond(p.Written) }),
-		medianOf(u.Flood, func(p period) float64 { return p.perSecond(p.Answers) }),
-		medianOf(u.Flood, func(p period) float64 { return p.perSecond(p.Sets) }),
-		milliseconds(medianOf(u.Published, nanoseconds)), milliseconds(worst(u.Published)))
-	return b.String()
+	fmt.Fprintf(b, "\nFollowing the changes takes %.1f %% of a core. In each second %.0f changes were written, %.1f answers read and %.1f Sets published. The last change of a flood was published after %s (worst %s).\n",
+		medianOf(c.Flood, period.load)-medianOf(c.Quiet, period.load),
+		medianOf(c.Flood, func(p period) float64 { return p.perSecond(p.Written) }),
+		medianOf(c.Flood, func(p period) float64 { return p.perSecond(p.Answers) }),
+		medianOf(c.Flood, func(p period) float64 { return p.perSecond(p.Sets) }),
+		milliseconds(medianOf(c.Published, nanoseconds)), milliseconds(worst(c.Published)))
 }
 
 func nanoseconds(d time.Duration) float64 { return float64(d) }

@@ -253,6 +253,9 @@ func (a *Agent) Client() *api.Client { return a.client }
 // CA returns the authority of the certificates of an agent WithTLS.
 func (a *Agent) CA() *CA { return a.ca }
 
+// PID returns the number of the agent's process.
+func (a *Agent) PID() int { return a.process.cmd.Process.Pid }
+
 // Logs returns what the agent has logged.
 func (a *Agent) Logs() *Logs { return a.logs }
 
