@@ -26,7 +26,7 @@ var microBenchmarks = []struct {
 }
 
 // microRuns is how often each of them is run.
-const microRuns = 3
+const microRuns = 5
 
 // microResult holds the figures of one group of Go benchmarks.
 type microResult struct {

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -22,12 +24,15 @@ type contender struct {
 	directives func(s *stage, n int) string
 }
 
-const static = "3 static upstreams"
+const (
+	static = "3 static upstreams"
+	asMany = "static upstreams, `lb_policy round_robin`"
+)
 
 var contenders = []contender{
 	{name: static, line: static, directives: func(s *stage, _ int) string { return statics(s, 3, "") }},
 	{name: "static upstreams", directives: func(s *stage, n int) string { return statics(s, n, "") }},
-	{name: "static upstreams, `lb_policy round_robin`", line: "as many static (round_robin)", directives: func(s *stage, n int) string {
+	{name: asMany, line: "as many static (round_robin)", directives: func(s *stage, n int) string {
 		return statics(s, n, "round_robin")
 	}},
 	{name: "`dynamic a`", line: "dynamic a", directives: func(s *stage, n int) string {
@@ -77,7 +82,8 @@ func balancing(policy string) string {
 // sample is one measurement of a contender.
 type sample struct {
 	load
-	CPU time.Duration // of Caddy, for one request
+	CPU      time.Duration // of Caddy, for one request
+	Segments float64       // of TCP, for one request; 0 if that isn't known
 }
 
 // requestsResult holds the samples of the contenders, by round.
@@ -159,28 +165,54 @@ func (p *proxy) profile(file string) (wait func()) {
 
 // sample measures a warm proxy.
 func (p *proxy) sample(generator generator, hosts []string, duration time.Duration) sample {
-	cpu := p.cpu()
+	cpu, segments := p.cpu(), tcpSegments()
 	measured := generator.load(p.t, p.url, hosts, duration)
-	cpu = p.cpu() - cpu
-	return sample{measured, time.Duration(float64(cpu) / (measured.Rate * duration.Seconds()))}
+	cpu, segments = p.cpu()-cpu, tcpSegments()-segments
+	requests := measured.Rate * duration.Seconds()
+	return sample{measured, time.Duration(float64(cpu) / requests), segments / requests}
+}
+
+// tcpSegments returns how many segments the machine has sent over TCP, or 0 where
+// it doesn't say.
+func tcpSegments() float64 {
+	text, err := os.ReadFile("/proc/net/snmp")
+	if err != nil {
+		return 0
+	}
+	var names []string
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		if fields[0] != "Tcp:" {
+			continue
+		}
+		if names == nil {
+			names = fields
+			continue
+		}
+		if at := slices.Index(names, "OutSegs"); at >= 0 && at < len(fields) {
+			count, _ := strconv.ParseFloat(fields[at], 64)
+			return count
+		}
+	}
+	return 0
 }
 
 // table compares the contenders for n instances.
 func (q *requestsResult) table(n int) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "| %s instances, %d rounds | requests/s | of static | p50 | p99 | CPU per request | of static |\n",
+	fmt.Fprintf(&b, "| %s instances, %d rounds | requests/s | of 3 static | of as many | p50 | p99 | CPU per request | of 3 static | segments |\n",
 		grouped(n), len(q.Samples[static]))
-	b.WriteString("| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n")
+	b.WriteString("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
 	for _, c := range contenders {
 		samples := q.Samples[c.name]
 		if len(samples) == 0 {
 			continue
 		}
 		reference := q.Samples[static]
-		fmt.Fprintf(&b, "| %s | %s | %.2f | %s | %s | %s | %.2f |\n", c.name,
-			grouped(int(medianOf(samples, sample.rate))), medianRatio(samples, reference, sample.rate),
+		fmt.Fprintf(&b, "| %s | %s | %.2f | %.2f | %s | %s | %s | %.2f | %.1f |\n", c.name,
+			grouped(int(medianOf(samples, sample.rate))), medianRatio(samples, reference, sample.rate), medianRatio(samples, q.Samples[asMany], sample.rate),
 			milliseconds(medianOf(samples, sample.p50)), milliseconds(medianOf(samples, sample.p99)),
-			microseconds(medianOf(samples, sample.cpu)), medianRatio(samples, reference, sample.cpu))
+			microseconds(medianOf(samples, sample.cpu)), medianRatio(samples, reference, sample.cpu), medianOf(samples, sample.segments))
 	}
 	return b.String()
 }
@@ -189,3 +221,5 @@ func (s sample) rate() float64 { return s.Rate }
 func (s sample) p50() float64  { return float64(s.P50) }
 func (s sample) p99() float64  { return float64(s.P99) }
 func (s sample) cpu() float64  { return float64(s.CPU) }
+
+func (s sample) segments() float64 { return s.Segments }

@@ -118,6 +118,8 @@ Requests per second, and latency, with %d connections that each wait for their a
 - `+"`dynamic consul` with `lb_policy round_robin`"+`: a policy of Caddy's that needs the whole list, and gets it: what any source costs that gives the whole list.
 - `+"`dynamic consul`"+`: this plugin without a policy; the last four, with one of its own. Each instance has an address of its own, but for the row in which all share the reference's three: what that one costs more than the reference is this plugin.
 
+"Of as many" is the ratio to as many static upstreams with `+"`round_robin`"+`, and "segments" what the machine sends over TCP for a request. A request and its answer, from the load to Caddy and from there to the backend, are 4 segments, each of which acknowledges the one before. A connection that then rests for longer than some 40 ms, as one of many does, sends that acknowledgement by itself: 5.
+
 `, connections, first.Generator, static)
 	b.WriteString("![Requests per second, in % of three static upstreams, by the number of instances](speed.svg)\n")
 	for _, n := range sizes {
