@@ -53,7 +53,7 @@ soak: consul ## 20 minutes of random changes, faults and reloads, then each oper
 		$(GO) test -count=1 -timeout 0 -v -run 'LoseNothing|LosesNothing' ./caddytest
 
 .PHONY: bench
-bench: build consul ## measure speed: a report, and bench/RESULTS.md; about 20 minutes
+bench: build consul ## measure speed: a report, and bench/RESULTS.md; about 25 minutes
 	@CADDY_BIN=bin/caddy $(GO) run ./bench $(BENCH)
 
 .PHONY: lint
