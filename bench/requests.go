@@ -181,10 +181,10 @@ func tcpSegments() float64 {
 	}
 	var names []string
 	for line := range strings.Lines(string(text)) {
-		fields := strings.Fields(line)
-		if fields[0] != "Tcp:" {
+		if !strings.HasPrefix(line, "Tcp:") {
 			continue
 		}
+		fields := strings.Fields(line)
 		if names == nil {
 			names = fields
 			continue
@@ -209,12 +209,19 @@ func (q *requestsResult) table(n int) string {
 			continue
 		}
 		reference := q.Samples[static]
-		fmt.Fprintf(&b, "| %s | %s | %.2f | %.2f | %s | %s | %s | %.2f | %.1f |\n", c.name,
+		fmt.Fprintf(&b, "| %s | %s | %.2f | %.2f | %s | %.1f |\n", c.name,
 			grouped(int(medianOf(samples, sample.rate))), medianRatio(samples, reference, sample.rate), medianRatio(samples, q.Samples[asMany], sample.rate),
-			milliseconds(medianOf(samples, sample.p50)), milliseconds(medianOf(samples, sample.p99)),
-			microseconds(medianOf(samples, sample.cpu)), medianRatio(samples, reference, sample.cpu), medianOf(samples, sample.segments))
+			price(samples, reference), medianOf(samples, sample.segments))
 	}
 	return b.String()
+}
+
+// price is what a request takes, as cells of a table: p50, p99, processor time and
+// that in proportion to the reference's.
+func price(samples, reference []sample) string {
+	return fmt.Sprintf("%s | %s | %s | %.2f",
+		milliseconds(medianOf(samples, sample.p50)), milliseconds(medianOf(samples, sample.p99)),
+		microseconds(medianOf(samples, sample.cpu)), medianRatio(samples, reference, sample.cpu))
 }
 
 func (s sample) rate() float64 { return s.Rate }

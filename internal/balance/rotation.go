@@ -30,9 +30,8 @@ type Rotation struct {
 	// index has the same weight, when pick n is n mod total.
 	slots []int32
 
-	forks   []fork
-	groups  []group
-	members []int32 // of the groups, one after the other
+	forks  []fork
+	groups []group
 }
 
 // NewRotation returns a Rotation over the weights, of which there must be at
@@ -55,7 +54,7 @@ func NewRotation(weights []int) *Rotation {
 	case total <= maxSlots:
 		r.slots = newSchedule(indices, shares, total)
 	default:
-		r.groups, r.members = newGroups(indices, shares)
+		r.groups = newGroups(indices, shares)
 		r.forks = newForks(r.groups)
 	}
 	return r
@@ -69,7 +68,7 @@ func (r *Rotation) At(n uint64) int {
 		return int(r.slots[n])
 	case r.forks != nil:
 		g, rank := descend(r.forks, n)
-		return r.groups[g].pick(r.members, rank)
+		return r.groups[g].pick(rank)
 	default:
 		return int(n)
 	}
@@ -167,47 +166,41 @@ func (h *deadlines) pop() deadline {
 
 // group is the indices that have the same weight.
 type group struct {
-	share       uint64 // of each
-	first, size uint32 // where the indices are among the members
+	share   uint64 // of each
+	members []int32
 }
 
 // newGroups groups the indices by share, each group in ascending order.
-func newGroups(indices []int32, shares []uint64) (groups []group, members []int32) {
+func newGroups(indices []int32, shares []uint64) (groups []group) {
 	places := make(map[uint64]int)
+	var sizes []int
 	for _, i := range indices {
 		g, ok := places[shares[i]]
 		if !ok {
 			g = len(groups)
 			places[shares[i]] = g
-			groups = append(groups, group{share: shares[i]})
+			groups, sizes = append(groups, group{share: shares[i]}), append(sizes, 0)
 		}
-		groups[g].size++
+		sizes[g]++
 	}
-	ends := make([]uint32, len(groups))
-	for g := range groups {
-		if g > 0 {
-			groups[g].first = groups[g-1].first + groups[g-1].size
-		}
-		ends[g] = groups[g].first
+	memory := make([]int32, len(indices)) // of all members at once
+	for g, size := range sizes {
+		groups[g].members, memory = memory[:0:size], memory[size:]
 	}
-	members = make([]int32, len(indices))
 	for _, i := range indices {
-		g := places[shares[i]]
-		members[ends[g]] = i
-		ends[g]++
+		g := &groups[places[shares[i]]]
+		g.members = append(g.members, i)
 	}
-	return groups, members
+	return groups
 }
 
 // weight is that of all members together.
-func (g *group) weight() uint64 { return g.share * uint64(g.size) }
+func (g *group) weight() uint64 { return g.share * uint64(len(g.members)) }
 
 // pick returns the index that has the group's pick n. So a member of a group of
 // several is less than 1 off its share of the group's picks, and inherits a half
 // at most of what the group is off.
-func (g *group) pick(members []int32, n uint64) int {
-	return int(members[uint64(g.first)+n%uint64(g.size)])
-}
+func (g *group) pick(n uint64) int { return int(g.members[n%uint64(len(g.members))]) }
 
 // fork is an inner node of a tree whose leaves are groups. It deals the picks
 // that reach it out to two sides as Bresenham's line does: of its first k

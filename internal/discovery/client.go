@@ -258,27 +258,26 @@ func (c *client) readBody(body io.Reader, read func(io.Reader) error) (size int6
 	source := &source{Reader: body}
 	limited := io.LimitedReader{R: source, N: c.limit + 1}
 	err = read(&limited)
+	size = c.limit + 1 - limited.N
 	switch {
 	case limited.N == 0:
 		return 0, &answerError{fmt.Errorf("the answer is larger than %d bytes", c.limit)}
 	case source.err != nil:
-		return 0, fmt.Errorf("reading the answer after %d bytes: %w", source.size, source.err)
+		return 0, fmt.Errorf("reading the answer after %d bytes: %w", size, source.err)
 	case err != nil:
 		return 0, &answerError{err}
 	}
-	return source.size, nil
+	return size, nil
 }
 
 // source tells an answer that can't be read from one that can't be understood.
 type source struct {
 	io.Reader
-	size int64
-	err  error // why it ended early
+	err error // why it ended early
 }
 
 func (s *source) Read(p []byte) (n int, err error) {
 	n, err = s.Reader.Read(p)
-	s.size += int64(n)
 	if err != nil && err != io.EOF { //nolint:errorlint // a Reader returns it as it is
 		s.err = err
 	}

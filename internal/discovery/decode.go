@@ -36,11 +36,11 @@ func (e *element) isNext(w *window) bool {
 	return w.holds(e.size) && w.unread[e.size-1] == '}' && hashOf(w.unread[:e.size]) == e.hash
 }
 
-// elementSeed makes the hashes of elements unpredictable: nobody can register
-// instances that pass for one another. By chance two do once in 2⁶⁴.
-var elementSeed = maphash.MakeSeed()
+// hashSeed makes hashes unpredictable: nobody can register instances that pass
+// for one another. By chance two do once in 2⁶⁴.
+var hashSeed = maphash.MakeSeed()
 
-func hashOf(raw []byte) uint64 { return maphash.Bytes(elementSeed, raw) }
+func hashOf(text []byte) uint64 { return maphash.Bytes(hashSeed, text) }
 
 // read reads an answer. What isn't a list of instances is an error: it must not
 // pass for a service without any.

@@ -68,12 +68,9 @@ func (w *window) peek() byte {
 	return 0
 }
 
-// object returns the JSON object that is next. Whether it is a valid one is for
-// others to find out.
+// object returns the JSON object that begins here. Whether it is a valid one is
+// for others to find out.
 func (w *window) object() ([]byte, error) {
-	if w.peek() != '{' {
-		return nil, errNoList
-	}
 	for {
 		if size := objectEnd(w.unread); size >= 0 {
 			return w.unread[:size], nil

@@ -40,10 +40,13 @@ type rest struct {
 	tried []string
 }
 
+// isSome reports whether the offer is not a pool of one.
+func (o *Offer) isSome() bool { return o.rest != nil && o.rest.pool != nil }
+
 // pool returns what was offered.
 func (o *Offer) pool() []*reverseproxy.Upstream {
 	switch {
-	case o.rest != nil && o.rest.pool != nil:
+	case o.isSome():
 		return o.rest.pool
 	case o.onePool[0] != nil:
 		return o.onePool[:]
@@ -53,7 +56,7 @@ func (o *Offer) pool() []*reverseproxy.Upstream {
 
 // index returns the indices in the Set of what was offered.
 func (o *Offer) index() []int32 {
-	if o.rest != nil && o.rest.pool != nil {
+	if o.isSome() {
 		return o.rest.index
 	}
 	return o.oneIndex[:len(o.pool())]
@@ -152,7 +155,7 @@ func (o *Offer) Add(upstream *reverseproxy.Upstream, i int) {
 
 // MayBeKept reports whether the upstreams offered last may be kept beyond the
 // request.
-func (o *Offer) MayBeKept() bool { return o.rest != nil && o.rest.pool != nil }
+func (o *Offer) MayBeKept() bool { return o.isSome() }
 
 // Set returns the Set that the last offer was made from.
 func (o *Offer) Set() *Set { return o.set }
@@ -184,6 +187,8 @@ func (o *Offer) RememberAttempt(r *http.Request) {
 
 // HasTried reports whether an earlier attempt of this request went to e.
 func (o *Offer) HasTried(e *Endpoint) bool {
+	// most requests have tried none, and then e, which is far from a processor's
+	// cache, is not looked at
 	return o.rest != nil && slices.Contains(o.rest.tried, e.Dial)
 }
 
